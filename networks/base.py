@@ -1,0 +1,107 @@
+"""What every network offers: an encoder, one or more decoders, and named heads on top.
+
+A method asks for `SegNet`s with the heads it needs and reads `Output`; it never sees which backbone is inside.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from networks.blocks import CONV
+
+
+class Features(NamedTuple):
+    """Feature maps from fine to coarse; `decoder[0]` has the resolution of the input."""
+
+    encoder: list[Tensor]
+    decoder: list[Tensor]
+
+
+class Output(NamedTuple):
+    """Maps of every head, (B, K, *space) float32, and the features below them."""
+
+    heads: dict[str, Tensor]
+    features: Features
+
+    @property
+    def logits(self):
+        """The segmentation head's map, (B, classes, *space), before softmax."""
+        return self.heads["seg"]
+
+
+class Backbone(nn.Module):
+    """Base of all backbones.
+
+    Attributes:
+        spatial_dims: 2 or 3.
+        encoder_channels, decoder_channels: channels of `Features`, fine to coarse.
+        multiple: every side of an input must be divisible by it.
+    """
+
+    spatial_dims: int
+    encoder_channels: tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    multiple: int = 1
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Image (B, C, *space) -> encoder features, fine to coarse."""
+        raise TypeError(f"{type(self).__name__} does not say how it encodes")
+
+    def decode(self, skips: list[Tensor]) -> list[Tensor]:
+        """Encoder features -> decoder features, fine to coarse."""
+        return self.decoder(skips)
+
+    def new_decoder(self) -> nn.Module:
+        """Another decoder of the same shape with its own weights, for methods with several."""
+        raise TypeError(f"{type(self).__name__} does not say how it decodes")
+
+
+class Head(nn.Module):
+    """1x1 convolution from one decoder level to a map at the input's resolution.
+
+    Coarser levels (`level` > 0) are upsampled linearly. The map is float32 under any autocast, so losses are too.
+    """
+
+    def __init__(self, backbone: Backbone, channels: int, level: int = 0):
+        super().__init__()
+        self.level = level
+        self.mode = "trilinear" if backbone.spatial_dims == 3 else "bilinear"
+        self.conv = CONV[backbone.spatial_dims](backbone.decoder_channels[level], channels, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        out = self.conv(features.decoder[self.level]).float()
+        if self.level:
+            out = nn.functional.interpolate(out, size=features.decoder[0].shape[2:], mode=self.mode)
+        return out
+
+
+class SegNet(nn.Module):
+    """A backbone with named heads: image (B, C, *space) -> `Output`.
+
+    `heads` maps a name to its channels, or to (channels, decoder level).
+    """
+
+    def __init__(self, backbone: Backbone, heads: dict[str, int | tuple[int, int]]):
+        super().__init__()
+        self.backbone = backbone
+        sizes = {name: size if isinstance(size, tuple) else (size, 0) for name, size in heads.items()}
+        self.heads = nn.ModuleDict({name: Head(backbone, *size) for name, size in sizes.items()})
+
+    def forward(self, x: Tensor) -> Output:
+        wrong = [side for side in x.shape[2:] if side % self.backbone.multiple]
+        if wrong:
+            raise ValueError(f"patch {tuple(x.shape[2:])}: {type(self.backbone).__name__} needs sides that are "
+                             f"multiples of {self.backbone.multiple}")
+        skips = self.backbone.encode(x)
+        features = Features(skips, self.backbone.decode(skips))
+        return Output({name: head(features) for name, head in self.heads.items()}, features)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def channels_last(spatial_dims: int) -> torch.memory_format:
+    """The memory format that makes convolutions of this dimension fast in half precision."""
+    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
