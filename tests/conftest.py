@@ -1,0 +1,22 @@
+"""Fixtures that all tests share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def golden():
+    """golden(name) -> the arrays of one reference file by key; the test is skipped where the file is absent."""
+    folder = Path(os.environ.get("SSL4MIS_GOLDENS") or Path(__file__).resolve().parents[2] / "shared" / "goldens")
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        path = folder / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"no reference file {name}.npz: set SSL4MIS_GOLDENS to the folder of reference files")
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
