@@ -1,0 +1,199 @@
+"""Run records: one strict JSON file per finished run, written once and never edited."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from pathlib import Path
+
+SCHEMA = 1
+ROWS = ("cases", "curve")  # lists of flat mappings, written one per line
+TOP = {
+    "schema": int, "id": str, "spec": dict, "hp_hash": str, "split": dict, "selection": str, "evaluation": dict,
+    "classes": list, "cases": list, "timing": dict, "memory": dict, "device": dict, "code": dict,
+    "environment": dict, "curve": list,
+}  # fmt: skip
+NESTED = {
+    "spec": {"method": str, "dataset": str, "protocol": str, "labeled": int, "fold": int, "seed": int,
+             "network": str, "iterations": int, "precision": str},
+    "split": {"name": str, "fold": int, "folds": int, "sha256": str, "labeled": list, "unlabeled": list, "test": list},
+    "timing": {"train_seconds": float, "evaluate_seconds": float, "iterations_per_second": float},
+    "device": {"type": str, "name": str},
+}  # fmt: skip
+OVERLAPS = ("dice", "jaccard")
+UNITS = ("voxel", "mm")
+DISTANCES = tuple(f"{name}_{unit}" for name in ("hd95", "hd95_max", "asd", "assd") for unit in UNITS)
+FLAGS = ("empty_prediction", "empty_truth")
+
+
+def digest(mapping, length: int = 8) -> str:
+    """First `length` hex digits of the SHA-256 of the canonical JSON (sorted keys, compact).
+
+    Raises ValueError for values that strict JSON cannot hold.
+    """
+    text = _dump(_plain(mapping), separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def write(record: dict, folder) -> Path:
+    """Write `folder`/<id>.json atomically and once, NaN as null; return its path.
+
+    Raises FileExistsError when the file holds other content, ValueError when the record breaks the schema.
+    """
+    record = _plain(record)
+    name = f"record {record['id']}" if isinstance(record, dict) and "id" in record else "record"
+    validate(record, name)
+    folder = Path(folder)
+    path = folder / f"{record['id']}.json"
+    try:
+        text = _render(record)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = _stage(path, text)
+    try:
+        os.link(temporary, path)  # unlike a rename, fails where another process was first
+    except OSError:  # it exists, or the file system has no hard links
+        if not path.exists():
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if path.read_bytes() != text.encode():
+        raise FileExistsError(f"{path}: exists with other content; a record is never rewritten")
+    return path
+
+
+def read(path) -> dict:
+    """The validated record in `path`; ValueError of one line naming the file where it is broken."""
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable record, expected strict JSON ({error})") from None
+    validate(record, str(path))
+    if record["id"] != path.stem:
+        raise ValueError(f"{path}: holds id {record['id']!r}, expected the name of the file")
+    return record
+
+
+def read_all(folder) -> list[dict]:
+    """All records of a folder, sorted by id; an absent folder holds none. Raises ValueError like `read`."""
+    return sorted((read(path) for path in Path(folder).glob("*.json")), key=lambda record: record["id"])
+
+
+def write_text(path, text: str) -> Path:
+    """Replace a generated file atomically, with \\n line ends on every system."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(_stage(path, text), path)
+    return path
+
+
+def validate(record, name: str) -> None:
+    """Raise ValueError naming `name`, the key and what was expected, unless the record follows the schema."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{name}: is a {type(record).__name__}, expected a JSON object")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{name}: schema is {record.get('schema')!r}, expected {SCHEMA}")
+    _check(record, TOP, name, "record")
+    for key, fields in NESTED.items():
+        _check(record[key], fields, name, key, nullable=key == "timing")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", record["id"]):
+        raise ValueError(f"{name}: id {record['id']!r}, expected letters, digits, '.', '_' and '-'")
+    split, spec = record["split"], record["spec"]
+    if spec["fold"] != split["fold"] or not 0 <= split["fold"] < split["folds"]:
+        raise ValueError(
+            f"{name}: spec.fold {spec['fold']}, split.fold {split['fold']} of {split['folds']} folds,"
+            " expected equal and below the number of folds"
+        )
+    for number, row in enumerate(record["cases"]):
+        _check_case(row, name, f"cases[{number}]")
+    _check_coverage(record, name)
+
+
+def _check_case(row, name, where):
+    numbers = dict.fromkeys((*OVERLAPS, "diagonal_voxel", "diagonal_mm"), float)
+    _check(row, {"case": str, "class": str, **numbers, **dict.fromkeys(FLAGS, bool)}, name, where)
+    _check(row, dict.fromkeys(DISTANCES, float), name, where, nullable=True)
+    for key in OVERLAPS:
+        if not 0 <= row[key] <= 1:
+            raise ValueError(f"{name}: {where}.{key} is {row[key]!r}, expected a number from 0 to 1")
+    undefined = row["empty_prediction"] != row["empty_truth"]
+    for key in DISTANCES:  # a null elsewhere would be a silent failure, a number here an unnamed policy
+        if (row[key] is None) != undefined:
+            raise ValueError(f"{name}: {where}.{key} is {row[key]!r}, expected null exactly where one mask is empty")
+        if row[key] is not None and row[key] < 0:
+            raise ValueError(f"{name}: {where}.{key} is {row[key]!r}, expected a distance of at least 0")
+
+
+def _check_coverage(record, name):
+    found = sorted((row["case"], row["class"]) for row in record["cases"])
+    expected = sorted((case, label) for case in record["split"]["test"] for label in record["classes"][1:])
+    if not expected or found != expected:
+        raise ValueError(
+            f"{name}: cases holds {len(found)} rows, expected exactly one for each of the"
+            f" {len(record['split']['test'])} test cases and {len(record['classes'][1:])} foreground classes"
+        )
+
+
+def _check(mapping, fields, name, where, nullable=False):
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{name}: {where} is {mapping!r:.40}, expected a JSON object")
+    for key, kind in fields.items():
+        if key not in mapping:
+            raise ValueError(f"{name}: {where} lacks {key!r}, expected {kind.__name__}")
+        value = mapping[key]
+        if nullable and value is None:
+            continue
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name}: {where}.{key} is {value!r:.40}, expected {kind.__name__}")
+
+
+def _plain(value):
+    """The same data as dict, list, str, int, float, bool or None: NaN as None, array scalars unpacked."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _render(record):
+    order = [*TOP, *sorted(set(record) - set(TOP))]
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_value(key, record[key])}" for key in order) + "\n}\n"
+
+
+def _value(key, value):
+    if key in ROWS and value:
+        return "[\n  " + ",\n  ".join(map(_dump, value)) + "\n ]"
+    return _dump(value, indent=1).replace("\n", "\n ")
+
+
+def _dump(value, **layout):
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False, **layout)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not strict JSON, expected finite numbers, text, lists and mappings ({error})") from None
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not strict JSON")
+
+
+def _stage(path, text):
+    """A temporary file beside `path` with the text on disk, so that the final step is one directory entry."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
