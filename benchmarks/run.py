@@ -1,0 +1,44 @@
+"""The main job: `python benchmarks/run.py --method ua_mt --dataset LA --labeled 16` trains, evaluates, records."""
+import sys
+
+import data_prep
+import networks
+from ssl4mis import config, registry
+from ssl4mis.errors import UserError
+
+
+def catalog() -> str:
+    """Methods, networks, data sets and protocols, a line each."""
+    lines = ["methods", *(f"  {name:14} {registry.title(name)}" for name in registry.names())]
+    lines += ["networks", *(f"  {name}" for name in networks.NAMES), "data sets"]
+    for dataset in map(data_prep.dataset, data_prep.names()):
+        lines.append(f"  {dataset.name:14} {dataset.title}")
+        lines += [f"    {p.name:12} {p.about}" for p in dataset.protocols.values()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    if "--list" in argv:
+        print(catalog())
+        return 0
+    specs, options = config.parse(argv)
+    from ssl4mis.run import run  # torch is loaded here, after bad input has been turned away
+    from ssl4mis.trainer import TrainingStopped
+
+    try:
+        for spec in specs:
+            run(spec, options)
+    except (UserError, data_prep.DataError) as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as stop:
+        print(stop, file=sys.stderr)
+        return 130 if stop.resumable else 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

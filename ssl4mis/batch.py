@@ -1,0 +1,39 @@
+"""What passes between the loader, the trainer and a method."""
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Clock(NamedTuple):
+    """Where a stage stands: `step` counts from 0 and is a 0-d tensor, so schedules need no host synchronization."""
+
+    step: Tensor
+    total: int
+    stage: str = "train"
+    phase: str = "segment"
+
+
+class Half(NamedTuple):
+    """The labeled or the unlabeled half of a batch: image (B, C, *space) float32, label (B, *space) uint8 or None."""
+
+    image: Tensor
+    label: Tensor | None
+    cases: tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """One step's data: `image` holds the labeled samples, then the unlabeled ones; the halves are views of it.
+
+    The unlabeled half carries no label at all.
+    """
+
+    image: Tensor
+    labeled: Half
+    unlabeled: Half
+
+
+class Losses(NamedTuple):
+    """The named terms of a paper, weighted: the trainer adds them up. `watch` is logged only."""
+
+    terms: dict[str, Tensor]
+    watch: dict[str, Tensor] = {}

@@ -1,0 +1,242 @@
+"""What decides a result (`RunSpec`), what does not (`RunOptions`), and the command line made from the two.
+
+Defaults come from the data set's protocol and the method's `Config`; `--config` and the command line go over them.
+No torch here unless a method is named, so that `--help` is quick.
+"""
+import argparse
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+import data_prep
+import networks
+from ssl4mis import registry
+from ssl4mis.errors import UserError
+from ssl4mis.records import digest
+
+NOT_HYPER = ("dataset", "protocol", "labeled", "fold", "seed")  # what a group of comparable runs may differ in
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything that decides the result of a run; its hash is part of the run's id.
+
+    Args:
+        method: a name that --list shows, or package.module:Class.
+        dataset: a name that --list shows.
+        protocol: of the data set: split, resolution and defaults for what follows.
+        labeled: number of labeled training cases, or a share of them such as 20%.
+        fold: of the protocol's split, or all.
+        seed: of weights, batches, dropout and noise.
+        network: backbone.
+        width: channels at full resolution; they double at each level.
+        patch: voxels per axis.
+        stride: of the sliding window, voxels per axis; it is part of what a score means.
+        iterations: over all stages; ramps and learning-rate drops scale with it.
+        labeled_batch: labeled samples per step.
+        unlabeled_batch: unlabeled samples per step.
+        learning_rate: of SGD.
+        schedule: of the learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        clip: largest gradient norm; 0 for none.
+        augmentation: of the training patches.
+        precision: of training; auto takes bf16 where the processor has it. Evaluation is always in float32.
+        storage: how training images are kept in memory.
+        hp: hyper-parameters of the method.
+    """
+
+    method: str
+    dataset: str = "LA"
+    protocol: str = "paper"
+    labeled: int | str = 16
+    fold: int | str = 0
+    seed: int = 0
+    network: str = "vnet"
+    width: int = 16
+    patch: list[int] = field(default_factory=list)
+    stride: list[int] = field(default_factory=list)
+    iterations: int = 6000
+    labeled_batch: int = 2
+    unlabeled_batch: int = 2
+    learning_rate: float = 0.01
+    schedule: Literal["step", "poly", "constant"] = "step"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip: float = 0.0
+    augmentation: list[str] = field(default_factory=list)
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    storage: Literal["float32", "float16"] = "float32"
+    hp: dict = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Readable name of the run, unique by its hash."""
+        method = re.sub(r"[^\w.]+", ".", self.method)
+        parts = (self.dataset, self.protocol, self.labeled, self.network, method, f"f{self.fold}", f"s{self.seed}")
+        return "-".join(map(str, parts)) + "-" + digest(dataclasses.asdict(self))
+
+    @property
+    def hp_hash(self) -> str:
+        """Hash of what all folds and seeds of one leaderboard row share, data set and protocol apart."""
+        return digest({name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_HYPER})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What leaves the result as it is.
+
+    Args:
+        device: cpu, cuda, or auto.
+        data_root: folder of the data set; default is the environment variable SSL4MIS_DATA.
+        out: folder for records and runs.
+        log_every: iterations between logged losses.
+        save_every: iterations between checkpoints.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data_root: Path | None = None
+    out: Path = Path("results")
+    log_every: int = 25
+    save_every: int = 250
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line and name the nearest option."""
+
+    def error(self, message, ex=None):
+        text = " ".join(str(message).split())
+        for wrong in re.findall(r"--([\w.]+)", text) + re.findall(r"[Kk]ey '([\w.]+)'", text):
+            known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
+            if wrong not in known:
+                text = registry.nearest("option", wrong, known)
+        print(f"{self.prog}: error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def underscored(argv: list[str]) -> list[str]:
+    """`--data-root` and `--data_root` are the same option."""
+    return [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+
+
+def peek(argv: list[str]) -> dict[str, str]:
+    """Method, data set and protocol named by the command line or its config file; they decide the other defaults."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("method", "dataset", "protocol", "config"):
+        scan.add_argument(f"--{name}")
+    try:
+        found = {k: v for k, v in vars(scan.parse_known_args(argv)[0]).items() if v is not None}
+    except argparse.ArgumentError:  # the real parser will say what is wrong
+        return {}
+    file = Path(found.pop("config", ""))
+    if file.is_file():
+        settings = yaml.safe_load(file.read_text())
+        found = {k: str(v) for k, v in (settings if isinstance(settings, dict) else {}).items()
+                 if k in ("method", "dataset", "protocol")} | found
+    return found
+
+
+def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
+    """The parser for a command line; method, data set and protocol in it decide defaults and the `--hp.*` options."""
+    named = peek(argv)
+    parser = Parser(prog=prog, allow_abbrev=False,
+                    description="Train one method on one data set, evaluate it, write one record. "
+                                "The same command again resumes; a finished run is left alone.")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--list", action="store_true", help="show methods, networks, data sets and protocols")
+    parser.add_class_arguments(RunSpec, skip={"hp"})
+    parser.add_class_arguments(RunOptions)
+    try:
+        spec = data_prep.dataset(named.get("dataset", "LA"))
+        protocol = find_protocol(spec, named.get("protocol"))
+        defaults = {"dataset": spec.name, "protocol": protocol.name, "labeled": protocol.labeled[-1]}
+        shared = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(protocol)}
+        for name in shared - {"labeled"}:
+            value = getattr(protocol, name)
+            defaults[name] = list(value) if isinstance(value, tuple) else value
+        parser.set_defaults(defaults)
+        if "method" in named:
+            method = registry.method_class(named["method"])
+            parser.add_class_arguments(method.Config, "hp")
+            if not method.needs.unlabeled:
+                parser.set_defaults({"unlabeled_batch": 0})
+    except (UserError, data_prep.DataError) as error:
+        parser.error(error)
+    return parser
+
+
+def find_protocol(dataset, name: str | None):
+    """A protocol of a data set, the first one without a name; UserError naming the nearest one."""
+    if name is None:
+        return next(iter(dataset.protocols.values()))
+    if name not in dataset.protocols:
+        raise UserError(registry.nearest(f"protocol of {dataset.name}", name, dataset.protocols))
+    return dataset.protocols[name]
+
+
+def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOptions]:
+    """A command line to resolved runs (several for `--fold all`); exits with status 2 and one line on bad input."""
+    argv = underscored(argv)
+    parser = make_parser(argv, prog)
+    settings = parser.parse_args(argv).as_dict()
+    options = RunOptions(**{f.name: settings[f.name] for f in dataclasses.fields(RunOptions)})
+    spec = RunSpec(**{f.name: settings[f.name] for f in dataclasses.fields(RunSpec) if f.name in settings})
+    try:
+        return resolve(spec), options
+    except (UserError, data_prep.DataError) as error:
+        parser.error(error)
+
+
+def resolve(spec: RunSpec) -> list[RunSpec]:
+    """Canonical names, counts for shares, one spec per fold; UserError or DataError on impossible values."""
+    dataset = data_prep.dataset(spec.dataset)
+    protocol = find_protocol(dataset, spec.protocol)
+    if spec.network not in networks.NAMES:
+        raise UserError(registry.nearest("network", spec.network, networks.NAMES))
+    for name in ("patch", "stride"):
+        if len(getattr(spec, name)) != dataset.spatial_dims or min(getattr(spec, name)) < 1:
+            raise UserError(f"{name} {getattr(spec, name)}: expected {dataset.spatial_dims} positive numbers")
+    for name in ("iterations", "labeled_batch", "width"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"{name} {getattr(spec, name)}: expected at least 1")
+    split = data_prep.load_split(protocol.split, 0)
+    folds = range(split.folds) if spec.fold == "all" else [whole_number("fold", spec.fold)]
+    known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name)
+    runs = []
+    for fold in folds:
+        split = data_prep.load_split(protocol.split, fold)
+        count = case_count(spec.labeled, len(split.train))
+        if spec.unlabeled_batch and not split.unlabeled(count):
+            raise UserError(f"labeled {count}: method {known.method} needs unlabeled cases, but the split has only "
+                             f"{len(split.train)} training cases; expected fewer labeled ones")
+        runs.append(dataclasses.replace(known, fold=fold, labeled=count))
+    return runs
+
+
+def whole_number(name: str, value) -> int:
+    """An int from what the command line gave; UserError otherwise."""
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UserError(f"{name} {value!r}: expected a whole number") from None
+
+
+def case_count(labeled: int | str, training: int) -> int:
+    """16, "16" or "20%" of the training cases as a count; UserError outside 1..training."""
+    text = str(labeled)
+    if text.endswith("%"):
+        try:
+            count = round(float(text[:-1]) / 100 * training)
+        except ValueError:
+            raise UserError(f"labeled {text!r}: expected a count or a share such as 20%") from None
+    else:
+        count = whole_number("labeled", text)
+    if not 1 <= count <= training:
+        raise UserError(f"labeled {text}: expected 1 to {training} of the training cases")
+    return count

@@ -1,0 +1,121 @@
+"""What a method is: an `nn.Module` whose `forward(batch, clock)` names the losses of one paper.
+
+Data order, optimizer, precision, devices, checkpoints, evaluation and records are written once, elsewhere. Everything
+that a method remembers (teachers, thresholds, memories) is a submodule or a buffer, so that `state_dict` is its state.
+"""
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl4mis.batch import Batch, Clock, Losses
+from ssl4mis.schedules import ema_decay
+
+
+class Stage(NamedTuple):
+    """A part of a run: `share` of its steps, one optimizer per phase; the clock restarts in each stage."""
+
+    name: str = "train"
+    share: float = 1.0
+    phases: tuple[str, ...] = ("segment",)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the loader."""
+
+    unlabeled: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned: number of classes (background included), spatial dimensions, image channels."""
+
+    classes: int
+    spatial_dims: int = 3
+    channels: int = 1
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    Attributes:
+        Config: frozen dataclass of the hyper-parameters, in the method's own file; the defaults are the LA recipe.
+        needs: what the loader must provide.
+    """
+
+    Config: ClassVar[type]
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, build, task: Task, hp):
+        """`build(heads=None)` makes a `SegNet` on the chosen backbone; by default with one head, `seg`."""
+        super().__init__()
+        self.task, self.hp = task, hp
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a run, in order; their shares sum to 1."""
+        return (Stage(),)
+
+    def enter(self, stage: str) -> None:
+        """Called once at the start of each stage, never on resume."""
+
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        """The losses of one step in the phase that `clock` names."""
+        raise TypeError(f"{type(self).__name__} does not say what its losses are")
+
+    def after_step(self, clock: Clock) -> None:
+        """Called after the optimizers of a step: moving averages, memories, thresholds."""
+
+    def trainable(self, phase: str) -> list[nn.Parameter]:
+        """Parameters that the optimizer of a phase moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Image (B, C, *space) -> class probabilities (B, K, *space); the trainer has called `eval()`."""
+        raise TypeError(f"{type(self).__name__} does not say how it predicts")
+
+
+class Teacher(nn.Module):
+    """An exponential moving average of a network's parameters, without gradients.
+
+    In training it stays in train mode, dropout active, and keeps its own batch-norm statistics, as in UA-MT and
+    SSL4MIS: only parameters are averaged.
+    """
+
+    def __init__(self, student: nn.Module, decay: float):
+        super().__init__()
+        self.net, self.decay = copy.deepcopy(student).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def forward(self, image: Tensor):
+        return self.net(image)
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, step: Tensor) -> None:
+        """Move by 1 - min(1 - 1/(step+1), decay) towards the student; step counts from 0."""
+        mine, theirs = list(self.net.parameters()), list(student.parameters())
+        share = (1 - ema_decay(step, self.decay)).to(mine[0].device, mine[0].dtype)
+        torch._foreach_lerp_(mine, theirs, [share] * len(mine))
+
+
+def input_noise(image: Tensor, scale: float, limit: float) -> Tensor:
+    """The image plus Gaussian noise of standard deviation `scale`, clipped to +-`limit`, in the image's units."""
+    return image + (torch.randn_like(image) * scale).clamp_(-limit, limit)
+
+
+class StudentTeacher(Method):
+    """A student that learns and a teacher that follows it; `hp` has `decay` and `evaluate`."""
+
+    def __init__(self, build, task: Task, hp):
+        super().__init__(build, task, hp)
+        self.student = build()
+        self.teacher = Teacher(self.student, hp.decay)
+
+    def after_step(self, clock: Clock) -> None:
+        self.teacher.follow(self.student, clock.step)
+
+    def predict(self, image: Tensor) -> Tensor:
+        net = self.student if self.hp.evaluate == "student" else self.teacher
+        return net(image).logits.softmax(1)

@@ -1,0 +1,49 @@
+"""Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), as segmentation uses it (SSL4MIS).
+
+The student must agree with a moving average of itself on unlabeled images under small noise.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+from ssl4mis.batch import Losses
+from ssl4mis.losses import segmentation, softmax_mse
+from ssl4mis.method import StudentTeacher, input_noise
+from ssl4mis.schedules import sigmoid_ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters.
+
+    Args:
+        weight: final weight of the consistency term.
+        ramp: share of the run over which the weight ramps up.
+        ramp_every: the weight changes every so many steps (150 in the authors' code).
+        decay: of the teacher's moving average.
+        noise: standard deviation of the teacher's input noise, in image units.
+        noise_limit: largest noise.
+        dice: classes of the Dice loss: all (SSL4MIS) or foreground (UA-MT).
+        evaluate: the network that predicts.
+    """
+
+    weight: float = 0.1
+    ramp: float = 1.0
+    ramp_every: int = 1
+    decay: float = 0.99
+    noise: float = 0.1
+    noise_limit: float = 0.2
+    dice: Literal["all", "foreground"] = "all"
+    evaluate: Literal["student", "teacher"] = "student"
+
+
+class MeanTeacher(StudentTeacher):
+    Config = Config
+
+    def forward(self, batch, clock):
+        hp, n = self.hp, len(batch.labeled.image)
+        logits = self.student(batch.image).logits
+        target = self.teacher(input_noise(batch.unlabeled.image, hp.noise, hp.noise_limit)).logits
+        weight = hp.weight * sigmoid_ramp(clock.step // hp.ramp_every * hp.ramp_every, hp.ramp * clock.total)
+        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, hp.dice),
+                       "consistency": weight * softmax_mse(logits[n:], target).mean()},
+                      watch={"weight": weight})

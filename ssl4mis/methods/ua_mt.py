@@ -1,0 +1,72 @@
+"""UA-MT: uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019).
+
+Mean Teacher where the teacher is certain: voxels count whose entropy over several noisy passes lies under a threshold
+that loosens along the run.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ssl4mis.batch import Losses
+from ssl4mis.losses import entropy, segmentation, softmax_mse
+from ssl4mis.method import StudentTeacher, input_noise
+from ssl4mis.schedules import sigmoid_ramp
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters.
+
+    Args:
+        weight: final weight of the consistency term.
+        ramp: share of the run over which the weight ramps up.
+        ramp_every: the weight changes every so many steps (150 in the authors' code).
+        decay: of the teacher's moving average.
+        passes: stochastic teacher passes; an even number, two share a forward pass as in the authors' code.
+        threshold: first uncertainty threshold, a share of the largest entropy; it rises to 1 over the run.
+        noise: standard deviation of the teacher's input noise, in image units.
+        noise_limit: largest noise.
+        dice: classes of the Dice loss: foreground (UA-MT) or all (SSL4MIS).
+        evaluate: the network that predicts.
+        compat: legacy keeps the released constants of two classes (ln 2, a factor of 2) for any number of classes.
+    """
+
+    weight: float = 0.1
+    ramp: float = 1.0
+    ramp_every: int = 1
+    decay: float = 0.99
+    passes: int = 8
+    threshold: float = 0.75
+    noise: float = 0.1
+    noise_limit: float = 0.2
+    dice: Literal["all", "foreground"] = "foreground"
+    evaluate: Literal["student", "teacher"] = "student"
+    compat: Literal["right", "legacy"] = "right"
+
+
+class UAMT(StudentTeacher):
+    Config = Config
+
+    def forward(self, batch, clock):
+        hp, n, unlabeled = self.hp, len(batch.labeled.image), batch.unlabeled.image
+        logits = self.student(batch.image).logits
+        target = self.teacher(self.noisy(unlabeled)).logits
+        uncertainty = self.uncertainty(unlabeled)
+        classes = 2 if hp.compat == "legacy" else self.task.classes
+        threshold = (hp.threshold + (1 - hp.threshold) * sigmoid_ramp(clock.step, clock.total)) * math.log(classes)
+        certain = (uncertainty < threshold).to(logits.dtype)
+        distance = (certain * softmax_mse(logits[n:], target)).sum() / (classes * certain.sum() + 1e-16)
+        weight = hp.weight * sigmoid_ramp(clock.step // hp.ramp_every * hp.ramp_every, hp.ramp * clock.total)
+        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, hp.dice),
+                       "consistency": weight * distance},
+                      watch={"weight": weight, "threshold": threshold, "certain": certain.mean()})
+
+    def noisy(self, image):
+        return input_noise(image, self.hp.noise, self.hp.noise_limit)
+
+    def uncertainty(self, image):
+        """Entropy in nats of the mean of `passes` teacher predictions, (B, 1, *space)."""
+        mean, twice = 0, image.repeat(2, *[1] * (image.ndim - 1))
+        for _ in range(self.hp.passes // 2):
+            mean = mean + self.teacher(self.noisy(twice)).logits.softmax(1).unflatten(0, (2, -1)).sum(0)
+        return entropy(mean / self.hp.passes)

@@ -1,0 +1,73 @@
+"""What a run tells: a progress bar for people, events.jsonl for programs."""
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Reporter:
+    """Writes the events of a run and shows them.
+
+    On a terminal there is one bar with iterations/s, time left and the loss terms; elsewhere a line now and then.
+    """
+
+    def __init__(self, events: Path, total: int, title: str):
+        self.events, self.total, self.title = events, total, title
+        self.console = Console(stderr=True, soft_wrap=True)
+        self.bar = self.task = None
+        self.spoken = time.monotonic()
+
+    def __enter__(self):
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                       TextColumn("{task.fields[terms]}"))
+            self.bar = Progress(*columns, console=self.console).__enter__()
+            self.task = self.bar.add_task(self.title, total=self.total, terms="")
+        return self
+
+    def __exit__(self, *error):
+        if self.bar:
+            self.bar.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        (self.bar.console if self.bar else self.console).print(text, highlight=False, markup=False)
+
+    def rewind(self, done: int) -> list[dict]:
+        """Drop events after step `done`, which a resumed run will write again; return the training events kept."""
+        kept = []
+        if self.events.exists():
+            for line in self.events.read_text().splitlines():
+                try:
+                    event = json.loads(line)
+                except ValueError:  # a line cut by a crash
+                    continue
+                if event["done"] <= done:
+                    kept.append(event)
+        self.events.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        return kept
+
+    def step(self, event: dict) -> None:
+        """Log a training event: {"done": steps finished, "rate": iterations/s, loss terms ...}."""
+        with open(self.events, "a") as file:
+            file.write(json.dumps(event) + "\n")
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in event["terms"].items())
+        text = f"{event['rate']:.2f} it/s  {terms}"
+        if self.bar:
+            self.bar.update(self.task, completed=event["done"], terms=text)
+        elif time.monotonic() - self.spoken > LINE_EVERY:
+            self.spoken = time.monotonic()
+            left = (self.total - event["done"]) / max(event["rate"], 1e-9)
+            self.say(f"{self.title}  {event['done']}/{self.total}  {duration(left)} left  {text}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

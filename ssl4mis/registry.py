@@ -1,0 +1,67 @@
+"""Methods by name: `ua_mt` is ssl4mis/methods/ua_mt.py, and `package.module:Class` names one from elsewhere.
+
+Wheels of third parties add names through the entry-point group `ssl4mis.methods`.
+"""
+import pkgutil
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from ssl4mis.errors import UserError
+
+ALIASES = {"mt": "mean_teacher"}
+FOLDER = Path(__file__).parent / "methods"
+
+
+def names() -> list[str]:
+    """All known method names, sorted, without importing any of them."""
+    own = [module.name for module in pkgutil.iter_modules([str(FOLDER)])]
+    return sorted(own + [point.name for point in entry_points(group="ssl4mis.methods")])
+
+
+def nearest(kind: str, value: str, known) -> str:
+    """One line that says that `value` is no such thing and names the nearest one."""
+    known = sorted(known)
+    close = get_close_matches(value.lower(), known, 1, 0.4) or get_close_matches(value, known, 1, 0.4)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    return f"{kind} {value!r} is not known: {hint}"
+
+
+def canonical(name: str) -> str:
+    """The registered name behind an alias or another spelling (`MT`, `ua-mt`); UserError naming the nearest one."""
+    if ":" in name:
+        return name
+    plain = name.lower().replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain not in names():
+        raise UserError(nearest("method", name, [*names(), *ALIASES]))
+    return plain
+
+
+def method_class(name: str) -> type:
+    """The `Method` subclass of a name; UserError where there is none."""
+    from ssl4mis.method import Method
+
+    name = canonical(name)
+    module, _, wanted = name.partition(":")
+    if not wanted:
+        points = {point.name: point for point in entry_points(group="ssl4mis.methods")}
+        if name in points:
+            return points[name].load()
+        module = f"ssl4mis.methods.{name}"
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"method {name!r}: {error}; expected package.module:Class") from error
+    own = [c for c in vars(found).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module
+           and wanted in ("", c.__name__)]
+    if len(own) != 1:
+        raise UserError(f"method {name!r}: expected one subclass of Method in {module}, found {len(own)}")
+    return own[0]
+
+
+def title(name: str) -> str:
+    """First line of a method's docstring, read without importing it."""
+    path = FOLDER / f"{name}.py"
+    return path.read_text().split('"""')[1].splitlines()[0] if path.exists() else ""

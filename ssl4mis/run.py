@@ -1,0 +1,150 @@
+"""RunSpec -> record: the only file that knows all parts."""
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import data_prep
+import networks
+from networks.base import SegNet
+from ssl4mis import __version__, checkpoint, memory, records, registry
+from ssl4mis.config import RunOptions, RunSpec, find_protocol
+from ssl4mis.errors import UserError
+from ssl4mis.evaluator import evaluate
+from ssl4mis.loading import Loader
+from ssl4mis.method import Method, Task
+from ssl4mis.progress import duration
+from ssl4mis.selection import run_scores
+from ssl4mis.trainer import Trainer
+
+PACKAGES = ("torch", "monai", "numpy", "scipy", "h5py", "lightning-fabric")
+
+
+def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
+    """Train, evaluate, write the record; returns its path.
+
+    A finished run is left alone, an unfinished one goes on. DataError or UserError, one line, before any training if
+    the data or the settings cannot work; TrainingStopped if training ended early.
+    """
+    memory.keep_pages()
+    device = pick_device(options.device)
+    spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
+    record_path = options.out / "records" / f"{spec.id}.json"
+    if record_path.exists():
+        say(f"{spec.id} is finished: {record_path}")
+        return record_path
+    dataset = data_prep.dataset(spec.dataset)
+    protocol = find_protocol(dataset, spec.protocol)
+    split = data_prep.load_split(protocol.split, spec.fold)
+    store = dataset.open(options.data_root, protocol)
+    store.check([*split.train, *split.test])
+
+    torch.manual_seed(spec.seed)
+    method = build_method(spec, Task(len(dataset.classes), dataset.spatial_dims, dataset.channels))
+    folder = options.out / "runs" / spec.id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+    say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {len(split.train)} training cases")
+    loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,
+                    (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
+                    getattr(torch, spec.storage))
+    trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every)
+    trained = trainer.fit()
+
+    say(f"evaluating {len(split.test)} test cases with the last weights")
+    started = time.monotonic()
+    rows = evaluate(method, store, split.test, dataset.classes, spec.patch, spec.stride, device)
+    timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
+              "iterations_per_second": spec.iterations / trained["seconds"]}
+    record = {
+        "schema": 1, "id": spec.id, "spec": dataclasses.asdict(spec), "hp_hash": spec.hp_hash,
+        "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
+                  "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
+                  "test": split.test},
+        "selection": "last",
+        "evaluation": {"precision": "32-true", "patch": spec.patch, "stride": spec.stride, "postprocess": "none"},
+        "classes": dataset.classes, "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)},
+        "device": {"type": device.type, "name": device_name(device)}, "code": code_version(),
+        "environment": environment(), "curve": trained["curve"],
+    }
+    path = records.write(record, options.out / "records")
+    checkpoint.drop_previous(folder)
+    scores = run_scores(records.read(path))
+    say(f"Dice {100 * scores['dice']:.2f} %, 95HD {scores['hd95_voxel']:.2f} voxels, {scores['missed']} missed, "
+        f"{duration(timing['train_seconds'])} of training: {path}")
+    return path
+
+
+def build_method(spec: RunSpec, task: Task) -> Method:
+    """The method of a run with fresh weights; UserError if patch and network do not fit."""
+    cls = registry.method_class(spec.method)
+
+    def build(heads=None):
+        backbone = networks.backbone(spec.network, task.channels, task.spatial_dims, spec.width)
+        if any(side % backbone.multiple for side in spec.patch):
+            raise UserError(f"patch {spec.patch}: network {spec.network} needs multiples of {backbone.multiple}")
+        return SegNet(backbone, heads or {"seg": task.classes})
+
+    return cls(build, task, cls.Config(**spec.hp))
+
+
+def cheaper(dataset, spec: RunSpec) -> str:
+    """What to say where a run would take hours on a CPU: the protocol made for it, if the data set has another."""
+    if "lite" in dataset.protocols and spec.protocol != "lite":
+        return "`--protocol lite` is the track for machines without a GPU"
+    return ""
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device behind auto, cpu or cuda; UserError where there is no CUDA."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device here, expected one; use --device cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` as bf16-mixed where the processor computes in it, else 32-true."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory in MiB: of the device on CUDA, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    """What the record calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+def code_version() -> dict:
+    """Version, commit and whether tracked code differs from it; the commit is None outside a git checkout."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--", "ssl4mis", "networks", "data_prep", "benchmarks")
+    return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def environment() -> dict:
+    """Versions and settings that can move a result."""
+    return {"python": platform.python_version(), "platform": platform.system() + "-" + platform.machine(),
+            "threads": torch.get_num_threads(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}

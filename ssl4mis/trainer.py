@@ -1,0 +1,201 @@
+"""The training loop: stages, phases, precision, schedules, checkpoints, exact resume. It knows no method by name.
+
+A step is a pure function of (state, seed, step number): the loader and torch's generators are keyed by them, so a run
+that was killed and started again is the same run.
+"""
+import signal
+import time
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+
+from networks.base import channels_last
+from ssl4mis import checkpoint
+from ssl4mis.batch import Clock
+from ssl4mis.config import RunSpec
+from ssl4mis.loading import Loader, noise_seed
+from ssl4mis.method import Method
+from ssl4mis.progress import Reporter, duration
+from ssl4mis.schedules import learning_rate
+
+HOURS = 2 * 3600  # from here on a run on a CPU names the protocol made for it
+
+
+class TrainingStopped(Exception):
+    """A run that ended early, in one line for the user; `resumable` if the same command goes on from there."""
+
+    def __init__(self, message: str, resumable: bool):
+        super().__init__(message)
+        self.resumable = resumable
+
+
+class Trainer:
+    """Trains one method on one loader as a `RunSpec` says, resuming from `folder` when a checkpoint is there.
+
+    `hint` is said where the run would take hours on a CPU.
+    """
+
+    def __init__(self, method: Method, loader: Loader, spec: RunSpec, folder: Path, hint: str = "",
+                 log_every: int = 25, save_every: int = 250):
+        self.method, self.loader, self.spec, self.folder, self.hint = method, loader, spec, folder, hint
+        self.log_every, self.save_every = log_every, save_every
+        self.fabric = Fabric(accelerator=loader.device.type, devices=1, precision=spec.precision)
+        self.model = self.fabric.setup_module(method.to(memory_format=channels_last(method.task.spatial_dims)))
+        self.plan = plan(method.stages(), spec.iterations)
+        self.reporter = Reporter(folder / "events.jsonl", spec.iterations, spec.method)
+        self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
+        self.optimizers: dict = {}
+        self.interrupted = False
+
+    def fit(self) -> dict:
+        """Train to the end; returns {"seconds", "curve"}: of training alone, and the logged events.
+
+        TrainingStopped after Ctrl-C or SIGTERM (state saved) and on a loss that is not finite (state not saved).
+        """
+        state = checkpoint.load(self.folder, self.reporter.say)
+        with self.reporter, self._signals():
+            if state:
+                self._restore(state)
+                self.reporter.say(f"resuming at iteration {self.done} of {self.spec.iterations}")
+            self.curve = self.reporter.rewind(self.done)
+            while self.stage < len(self.plan):
+                self._run_stage(fresh=self.step == 0)
+                self.stage, self.step = self.stage + 1, 0
+        return {"seconds": self.seconds, "curve": self.curve}
+
+    def _run_stage(self, fresh: bool) -> None:
+        stage, total = self.plan[self.stage]
+        if fresh:
+            self.method.enter(stage.name)
+            self._make_optimizers(stage)
+        self.method.train()
+        self.bad = None  # per term, the first step whose value was not finite
+        clock = Clock(torch.tensor(self.step, device=self.loader.device), total, stage.name)
+        started, since = time.monotonic(), self.done
+        first = since
+        while self.step < total:
+            losses = self._train_step(clock, stage)
+            self.step, self.done = self.step + 1, self.done + 1
+            clock = clock._replace(step=clock.step + 1)
+            timely = self.done - since == 10 and since == first
+            save = self.interrupted or self.step == total or self.done % self.save_every == 0
+            if timely or save or self.done % self.log_every == 0:
+                spent = self._log(losses, stage, started, since)
+                if timely:
+                    self._estimate(spent / 10)
+            if save:
+                spent = time.monotonic() - started
+                self.seconds, started, since = self.seconds + spent, started + spent, self.done
+                self._save()
+            if self.interrupted and self.done < self.spec.iterations:
+                raise TrainingStopped(f"stopped at iteration {self.done} of {self.spec.iterations}; "
+                                      "the same command goes on from there", resumable=True)
+
+    def _train_step(self, clock: Clock, stage):
+        torch.manual_seed(noise_seed(self.spec.seed, self.stage, self.step))
+        batch = self.loader.batch(self.stage, self.step)
+        rate = learning_rate(self.spec.schedule, self.spec.learning_rate, self.step, clock.total)
+        seen, watched = {}, {}
+        for phase in stage.phases:
+            optimizer = self.optimizers[phase]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = self.model(batch, clock._replace(phase=phase))
+            self.fabric.backward(sum(losses.terms.values()))
+            if self.spec.clip:
+                self.fabric.clip_gradients(self.model, optimizer, max_norm=self.spec.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.update(losses.terms)
+            watched.update(losses.watch)
+        self.method.after_step(clock)
+        self._note_bad(seen, clock.step)
+        return seen, watched
+
+    def _note_bad(self, terms: dict, step: torch.Tensor) -> None:
+        """Keep on the device which step first made a term non-finite; it is read when logging, so no step waits."""
+        finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
+        if self.bad is None:
+            self.bad = torch.full(finite.shape, -1, device=finite.device)
+        self.bad = torch.where((self.bad < 0) & ~finite, step, self.bad)
+
+    def _log(self, losses, stage, started: float, since: int) -> float:
+        terms, watched = losses
+        for name, first in zip(terms, self.bad.tolist(), strict=True):
+            if first >= 0:
+                cases = ", ".join(self.loader.names(self.stage, first))
+                raise TrainingStopped(f"stage {stage.name}, step {first}: the loss term '{name}' is not finite, "
+                                      f"expected a finite number; cases {cases}; the last checkpoint before it is kept",
+                                      resumable=False)
+        spent = time.monotonic() - started
+        event = {"done": self.done, "stage": stage.name, "rate": round((self.done - since) / max(spent, 1e-9), 3),
+                 "terms": {name: float(value.detach()) for name, value in terms.items()},
+                 "watch": {name: float(value) for name, value in watched.items()}}
+        self.reporter.step(event)
+        if not self.curve or event["done"] > self.curve[-1]["done"]:
+            self.curve.append(event)
+        return spent
+
+    def _estimate(self, seconds: float) -> None:
+        left = seconds * (self.spec.iterations - self.done)
+        device = self.loader.device.type
+        slow = f"; {self.hint}" if device == "cpu" and left > HOURS and self.hint else ""
+        self.reporter.say(f"about {duration(left)} for {self.spec.iterations - self.done} more iterations on this "
+                          f"{device} ({seconds:.2f} s each){slow}")
+
+    def _make_optimizers(self, stage) -> None:
+        settings = {"lr": self.spec.learning_rate, "momentum": self.spec.momentum,
+                    "weight_decay": self.spec.weight_decay, "foreach": True}
+        self.optimizers = {
+            phase: self.fabric.setup_optimizers(torch.optim.SGD(self.method.trainable(phase), **settings))
+            for phase in stage.phases}
+
+    def _save(self) -> None:
+        checkpoint.save(self.folder, {
+            "method": self.method.state_dict(), "precision": self.fabric.strategy.precision.state_dict(),
+            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
+            "stage": self.stage, "step": self.step, "done": self.done, "seconds": self.seconds})
+
+    def _restore(self, state: dict) -> None:
+        self.stage, self.step = state["stage"], state["step"]
+        self.done, self.seconds = state["done"], state["seconds"]
+        self.method.load_state_dict(state["method"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        stage, total = self.plan[self.stage]
+        if self.step == total:  # saved at the end of a stage: the next one starts afresh
+            self.stage, self.step = self.stage + 1, 0
+            return
+        self._make_optimizers(stage)
+        for phase, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][phase])
+
+    def _signals(self):
+        return _Signals(self)
+
+
+class _Signals:
+    """Turns Ctrl-C and SIGTERM into a flag that is looked at between steps, so that what is saved is whole."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.former = trainer, {}
+
+    def _stop(self, number, frame):
+        self.trainer.interrupted = True
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.former[number] = signal.signal(number, self._stop)
+
+    def __exit__(self, *error):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+
+def plan(stages, iterations: int) -> list:
+    """Stages with their numbers of steps, which sum to `iterations`."""
+    ends, share = [0], 0.0
+    for stage in stages:
+        share += stage.share
+        ends.append(round(iterations * share))
+    return [(stage, high - low) for stage, low, high in zip(stages, ends[:-1], ends[1:], strict=True)]
