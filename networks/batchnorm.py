@@ -1,8 +1,8 @@
 """Batch norm that is exact and fast in channels_last on the CPU.
 
-torch's CPU kernel sums each channel in one float32 chain there: the variance is off by up to 4e-3, depends on the number of
-threads, and few channels make it slow. Here a channel's voxels are dealt out to many lanes, each lane is summed by torch's
-kernel, and the lanes are combined in float64. Other layouts and devices use torch's own batch norm.
+torch's CPU kernel sums each channel in one float32 chain there: the variance is off by up to 4e-3, depends on the
+number of threads, and few channels make it slow. Here a channel's voxels are dealt out to many lanes, each lane is
+summed by torch's kernel, and the lanes are combined in float64. Other layouts and devices use torch's own batch norm.
 """
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,10 @@ class _LaneNorm(torch.autograd.Function):
         count = lanes.numel() // len(mean)
         scale = weight.double() * (variance + ctx.eps).rsqrt()
         # grad_x = scale * (grad - mean(grad) - normalized(x) * mean(grad * normalized(x)))
-        direct = _affine(grads, groups, torch.zeros_like(mean), torch.ones_like(mean), scale, -scale * by_bias / count, 0.0)
-        grad_x = direct + _affine(lanes, groups, mean, variance, -scale * by_weight / count, torch.zeros_like(mean), ctx.eps)
-        return _like(grad_x, x), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        through_x = _affine(grads, groups, zero, one, scale, -scale * by_bias / count, 0.0)
+        through_variance = _affine(lanes, groups, mean, variance, -scale * by_weight / count, zero, ctx.eps)
+        return _like(through_x + through_variance, x), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None
 
 
 def _affine(lanes, groups, mean, variance, weight, bias, eps) -> Tensor:
