@@ -66,6 +66,20 @@ class Reporter:
             self.say(f"{self.title}  {event['done']}/{self.total}  {duration(left)} left  {text}")
 
 
+def paced(say, verb: str, total: int):
+    """A function tell(done, name) that says how far a loop is, at most every LINE_EVERY seconds."""
+    started = spoken = time.monotonic()
+
+    def tell(done: int, name: str) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        if now - spoken > LINE_EVERY and done < total:
+            spoken = now
+            say(f"{verb} {done}/{total} ({name}), {duration((now - started) / done * (total - done))} left")
+
+    return tell
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 45 s, 12 min, 3.4 h."""
     if seconds < 90:

@@ -3,7 +3,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import resource
 import subprocess
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from ssl4mis.errors import UserError
 from ssl4mis.evaluator import evaluate
 from ssl4mis.loading import Loader
 from ssl4mis.method import Method, Task
-from ssl4mis.progress import duration
+from ssl4mis.progress import duration, paced
 from ssl4mis.selection import run_scores
 from ssl4mis.trainer import Trainer
 
@@ -45,6 +44,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     store = dataset.open(options.data_root, protocol)
     store.check([*split.train, *split.test])
 
+    code = code_version()
     torch.manual_seed(spec.seed)
     method = build_method(spec, Task(len(dataset.classes), dataset.spatial_dims, dataset.channels))
     folder = options.out / "runs" / spec.id
@@ -59,19 +59,13 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
 
     say(f"evaluating {len(split.test)} test cases with the last weights")
     started = time.monotonic()
-    rows = evaluate(method, store, split.test, dataset.classes, spec.patch, spec.stride, device)
+    rows = evaluate(method, store, split.test, dataset.classes, spec.patch, spec.stride, device,
+                    paced(say, "evaluated", len(split.test)))
     timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
               "iterations_per_second": spec.iterations / trained["seconds"]}
-    record = {
-        "schema": 1, "id": spec.id, "spec": dataclasses.asdict(spec), "hp_hash": spec.hp_hash,
-        "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
-                  "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
-                  "test": split.test},
-        "selection": "last",
-        "evaluation": {"precision": "32-true", "patch": spec.patch, "stride": spec.stride, "postprocess": "none"},
-        "classes": dataset.classes, "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)},
-        "device": {"type": device.type, "name": device_name(device)}, "code": code_version(),
-        "environment": environment(), "curve": trained["curve"],
+    record = describe(spec, dataset, split, device) | {
+        "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)}, "code": code,
+        "curve": trained["curve"],
     }
     path = records.write(record, options.out / "records")
     checkpoint.drop_previous(folder)
@@ -79,6 +73,20 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     say(f"Dice {100 * scores['dice']:.2f} %, 95HD {scores['hd95_voxel']:.2f} voxels, {scores['missed']} missed, "
         f"{duration(timing['train_seconds'])} of training: {path}")
     return path
+
+
+def describe(spec: RunSpec, dataset, split, device: torch.device) -> dict:
+    """The part of a record that is known before training."""
+    return {
+        "schema": records.SCHEMA, "id": spec.id, "spec": dataclasses.asdict(spec), "hp_hash": spec.hp_hash,
+        "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
+                  "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
+                  "test": split.test},
+        "selection": "last",
+        "evaluation": {"precision": "32-true", "patch": spec.patch, "stride": spec.stride, "postprocess": "none"},
+        "classes": dataset.classes, "device": {"type": device.type, "name": device_name(device)},
+        "environment": environment(),
+    }
 
 
 def build_method(spec: RunSpec, task: Task) -> Method:
@@ -116,10 +124,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def peak_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the device on CUDA, of the process on a CPU."""
+def peak_mib(device: torch.device) -> float | None:
+    """Peak memory in MiB: of the device on CUDA, of the process on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
@@ -146,5 +158,6 @@ def code_version() -> dict:
 def environment() -> dict:
     """Versions and settings that can move a result."""
     return {"python": platform.python_version(), "platform": platform.system() + "-" + platform.machine(),
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -22,7 +22,7 @@ class Config:
         ramp: share of the run over which the weight ramps up.
         ramp_every: the weight changes every so many steps (150 in the authors' code).
         decay: of the teacher's moving average.
-        passes: stochastic teacher passes; an even number, two share a forward pass as in the authors' code.
+        passes: stochastic teacher passes; two share a forward pass, as in the authors' code.
         threshold: first uncertainty threshold, a share of the largest entropy; it rises to 1 over the run.
         noise: standard deviation of the teacher's input noise, in image units.
         noise_limit: largest noise.
@@ -66,7 +66,9 @@ class UAMT(StudentTeacher):
 
     def uncertainty(self, image):
         """Entropy in nats of the mean of `passes` teacher predictions, (B, 1, *space)."""
-        mean, twice = 0, image.repeat(2, *[1] * (image.ndim - 1))
-        for _ in range(self.hp.passes // 2):
-            mean = mean + self.teacher(self.noisy(twice)).logits.softmax(1).unflatten(0, (2, -1)).sum(0)
-        return entropy(mean / self.hp.passes)
+        total = 0
+        for first in range(0, self.hp.passes, 2):
+            together = min(2, self.hp.passes - first)
+            noisy = self.noisy(image.repeat(together, *[1] * (image.ndim - 1)))
+            total = total + self.teacher(noisy).logits.softmax(1).unflatten(0, (together, -1)).sum(0)
+        return entropy(total / self.hp.passes)
