@@ -260,13 +260,13 @@ CLASSES = ("background", "chamber", "vessels")
 
 DEMO = Protocol(
     name="demo",
-    about="Synthetic anatomy, 32 training and 8 test cases, small enough for a processor",
+    about="Synthetic anatomy, 32 training and 8 test cases, a few minutes a run without a GPU",
     split="phantom-demo",
     patch=(32, 32, 16),
     stride=(16, 16, 8),
-    iterations=400,
+    iterations=1000,
     labeled=(2, 4),
-    width=4,
+    width=8,
     precision="32-true",
 )
 CV5 = replace(DEMO, name="cv5", about="Synthetic anatomy, 40 cases in five folds", split="phantom-cv5")
