@@ -4,6 +4,7 @@ A step is a pure function of (state, seed, step number): the loader and torch's 
 that was killed and started again is the same run.
 """
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Trainer:
         TrainingStopped after Ctrl-C or SIGTERM (state saved) and on a loss that is not finite (state not saved).
         """
         state = checkpoint.load(self.folder, self.reporter.say)
-        with self.reporter, self._signals():
+        with self.reporter, _Signals(self):
             if state:
                 self._restore(state)
                 self.reporter.say(f"resuming at iteration {self.done} of {self.spec.iterations}")
@@ -72,18 +73,19 @@ class Trainer:
         self.method.train()
         self.bad = None  # per term, the first step whose value was not finite
         clock = Clock(torch.tensor(self.step, device=self.loader.device), total, stage.name)
-        started, since = time.monotonic(), self.done
-        first = since
+        started, since, first = time.monotonic(), self.done, self.done
         while self.step < total:
-            losses = self._train_step(clock, stage)
+            terms, watched = self._train_step(clock, stage)
             self.step, self.done = self.step + 1, self.done + 1
             clock = clock._replace(step=clock.step + 1)
-            timely = self.done - since == 10 and since == first
+            log = self.step == total or self.done % self.log_every == 0
             save = self.interrupted or self.step == total or self.done % self.save_every == 0
-            if timely or save or self.done % self.log_every == 0:
-                spent = self._log(losses, stage, started, since)
-                if timely:
-                    self._estimate(spent / 10)
+            if log or save:
+                self._refuse_bad(terms, stage)
+            if log:
+                self._log(terms, watched, stage, (self.done - since) / (time.monotonic() - started))
+            if self.done == first + 10:
+                self._estimate((time.monotonic() - started) / (self.done - since))
             if save:
                 spent = time.monotonic() - started
                 self.seconds, started, since = self.seconds + spent, started + spent, self.done
@@ -99,6 +101,7 @@ class Trainer:
         seen, watched = {}, {}
         for phase in stage.phases:
             optimizer = self.optimizers[phase]
+            self.method.zero_grad()  # of all phases: one phase's backward pass reaches the others' parameters
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses = self.model(batch, clock._replace(phase=phase))
@@ -106,7 +109,6 @@ class Trainer:
             if self.spec.clip:
                 self.fabric.clip_gradients(self.model, optimizer, max_norm=self.spec.clip)
             optimizer.step()
-            optimizer.zero_grad()
             seen.update(losses.terms)
             watched.update(losses.watch)
         self.method.after_step(clock)
@@ -120,22 +122,20 @@ class Trainer:
             self.bad = torch.full(finite.shape, -1, device=finite.device)
         self.bad = torch.where((self.bad < 0) & ~finite, step, self.bad)
 
-    def _log(self, losses, stage, started: float, since: int) -> float:
-        terms, watched = losses
+    def _refuse_bad(self, terms: dict, stage) -> None:
         for name, first in zip(terms, self.bad.tolist(), strict=True):
             if first >= 0:
                 cases = ", ".join(self.loader.names(self.stage, first))
                 raise TrainingStopped(f"stage {stage.name}, step {first}: the loss term '{name}' is not finite, "
                                       f"expected a finite number; cases {cases}; the last checkpoint before it is kept",
                                       resumable=False)
-        spent = time.monotonic() - started
-        event = {"done": self.done, "stage": stage.name, "rate": round((self.done - since) / max(spent, 1e-9), 3),
+
+    def _log(self, terms: dict, watched: dict, stage, rate: float) -> None:
+        event = {"done": self.done, "stage": stage.name, "rate": round(rate, 3),
                  "terms": {name: float(value.detach()) for name, value in terms.items()},
                  "watch": {name: float(value) for name, value in watched.items()}}
         self.reporter.step(event)
-        if not self.curve or event["done"] > self.curve[-1]["done"]:
-            self.curve.append(event)
-        return spent
+        self.curve.append(event)
 
     def _estimate(self, seconds: float) -> None:
         left = seconds * (self.spec.iterations - self.done)
@@ -170,9 +170,6 @@ class Trainer:
         for phase, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][phase])
 
-    def _signals(self):
-        return _Signals(self)
-
 
 class _Signals:
     """Turns Ctrl-C and SIGTERM into a flag that is looked at between steps, so that what is saved is whole."""
@@ -184,6 +181,8 @@ class _Signals:
         self.trainer.interrupted = True
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             self.former[number] = signal.signal(number, self._stop)
 
