@@ -31,7 +31,9 @@ class _LaneNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         lanes, groups = _lanes(x)
-        means, variances = torch.batch_norm_update_stats(lanes, None, None, 0.0)
+        # buffers in float32 make torch return float32 statistics of half-precision inputs too; momentum 0 leaves them
+        unused = torch.zeros(2, lanes.shape[1])
+        means, variances = torch.batch_norm_update_stats(lanes, unused[0], unused[1], 0.0)
         means, variances = means.double().view(groups, -1), variances.double().view(groups, -1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
@@ -74,7 +76,8 @@ def _like(lanes: Tensor, x: Tensor) -> Tensor:
 
 class _ExactBatchNorm:
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu" or not _is_channels_last(x):
+        usual = self.affine and self.track_running_stats and self.momentum is not None and x.dtype != torch.float64
+        if not (usual and self.training and x.device.type == "cpu" and _is_channels_last(x)):
             return super().forward(x)
         out, mean, variance = _LaneNorm.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() // x.shape[1]

@@ -16,7 +16,7 @@ LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
 
 
 def save(folder: Path, state: dict) -> None:
-    """Write `state` as the latest checkpoint; the former latest becomes the previous one."""
+    """Write `state` as the latest checkpoint; the former latest becomes the previous one, unless it is damaged."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -25,17 +25,24 @@ def save(folder: Path, state: dict) -> None:
         file.write(MAGIC + hashlib.sha256(data).digest() + data)
         file.flush()
         os.fsync(file.fileno())
-    if (folder / LATEST).exists():
+    if (folder / LATEST).exists() and _payload(folder / LATEST) is not None:
         os.replace(folder / LATEST, folder / PREVIOUS)
     os.replace(partial, folder / LATEST)
 
 
-def read(path: Path) -> dict:
-    """One checkpoint on the CPU; UserError naming the file if it is not whole."""
+def _payload(path: Path) -> bytes | None:
+    """What `torch.save` wrote into a checkpoint; None where the checksum does not match."""
     raw = path.read_bytes()
     data = raw[len(MAGIC) + 32:]
-    if raw[:len(MAGIC)] != MAGIC or hashlib.sha256(data).digest() != raw[len(MAGIC):len(MAGIC) + 32]:
-        raise UserError(f"{path}: damaged checkpoint ({len(raw)} bytes), its checksum does not match")
+    whole = raw[:len(MAGIC)] == MAGIC and hashlib.sha256(data).digest() == raw[len(MAGIC):len(MAGIC) + 32]
+    return data if whole else None
+
+
+def read(path: Path) -> dict:
+    """One checkpoint on the CPU; UserError naming the file if it is not whole."""
+    data = _payload(path)
+    if data is None:
+        raise UserError(f"{path}: damaged checkpoint ({path.stat().st_size} bytes), its checksum does not match")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

@@ -109,8 +109,9 @@ class Trainer:
             if self.spec.clip:
                 self.fabric.clip_gradients(self.model, optimizer, max_norm=self.spec.clip)
             optimizer.step()
-            seen.update(losses.terms)
-            watched.update(losses.watch)
+            prefix = f"{phase}/" if len(stage.phases) > 1 else ""
+            seen.update({prefix + name: value for name, value in losses.terms.items()})
+            watched.update({prefix + name: value for name, value in losses.watch.items()})
         self.method.after_step(clock)
         self._note_bad(seen, clock.step)
         return seen, watched
@@ -123,12 +124,17 @@ class Trainer:
         self.bad = torch.where((self.bad < 0) & ~finite, step, self.bad)
 
     def _refuse_bad(self, terms: dict, stage) -> None:
-        for name, first in zip(terms, self.bad.tolist(), strict=True):
-            if first >= 0:
-                cases = ", ".join(self.loader.names(self.stage, first))
-                raise TrainingStopped(f"stage {stage.name}, step {first}: the loss term '{name}' is not finite, "
-                                      f"expected a finite number; cases {cases}; the last checkpoint before it is kept",
-                                      resumable=False)
+        """TrainingStopped if a loss term or, where all terms were finite, a weight is not finite."""
+        bad = sorted((step, name) for name, step in zip(terms, self.bad.tolist(), strict=True) if step >= 0)
+        if bad:
+            step, name = bad[0]
+            cases = ", ".join(self.loader.names(self.stage, step))
+            what = f"step {step}: the loss term '{name}' is not finite, expected a finite number; cases {cases}"
+        elif all(p.isfinite().all() for p in self.method.parameters()):
+            return
+        else:
+            what = f"step {self.step - 1} or shortly before: a weight is not finite although all losses were"
+        raise TrainingStopped(f"stage {stage.name}, {what}; the last checkpoint before it is kept", resumable=False)
 
     def _log(self, terms: dict, watched: dict, stage, rate: float) -> None:
         event = {"done": self.done, "stage": stage.name, "rate": round(rate, 3),
@@ -192,7 +198,9 @@ class _Signals:
 
 
 def plan(stages, iterations: int) -> list:
-    """Stages with their numbers of steps, which sum to `iterations`."""
+    """Stages with their numbers of steps, which sum to `iterations`; ValueError if the shares do not sum to 1."""
+    if abs(sum(stage.share for stage in stages) - 1) > 1e-9:
+        raise ValueError(f"stages {[tuple(stage) for stage in stages]}: expected shares that sum to 1")
     ends, share = [0], 0.0
     for stage in stages:
         share += stage.share

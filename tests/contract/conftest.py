@@ -1,0 +1,121 @@
+"""A tiny world for contract tests: cases in memory, a narrow network, and any method in 2D or 3D."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import networks
+from networks.base import SegNet, channels_last
+from ssl4mis.batch import Batch, Clock
+from ssl4mis.config import RunSpec
+from ssl4mis.loading import Loader
+from ssl4mis.method import Task
+from ssl4mis.trainer import Trainer
+
+LABELED, UNLABELED, TEST = ("a", "b", "c"), ("d", "e", "f"), ("t",)
+SIDE, PATCH, TOTAL = 20, 16, 1000
+
+
+class Leak(AssertionError):
+    """Training code asked for something that it must not see."""
+
+
+class FakeStore:
+    """Noisy class maps in memory. Labels of cases that are not labeled and images of test cases raise `Leak`."""
+
+    def __init__(self, dims, classes, unlabeled_shift=0.0):
+        self.shape, self.classes, self.shift = (SIDE,) * dims, classes, unlabeled_shift
+
+    def _label(self, case):
+        rng = np.random.default_rng(zlib.crc32(case.encode()))
+        height = np.indices(self.shape).sum(0) / (len(self.shape) * SIDE) + 0.2 * rng.normal(size=self.shape)
+        return np.clip(height * self.classes, 0, self.classes - 1).astype(np.uint8)
+
+    def image(self, case):
+        if case in TEST:
+            raise Leak(f"image of test case {case} was read in training")
+        rng = np.random.default_rng(zlib.crc32(case.encode()) + 1)
+        image = self._label(case)[None] + rng.normal(size=(1, *self.shape))
+        if case in UNLABELED:
+            image = image + self.shift * rng.normal(size=image.shape)
+        return image.astype(np.float32)
+
+    def label(self, case):
+        if case not in LABELED:
+            raise Leak(f"label of case {case} was read in training")
+        return self._label(case)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One method class in one number of dimensions and classes; everything it makes is new and seeded."""
+
+    cls: type
+    dims: int
+    classes: int
+    hp: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def task(self):
+        return Task(self.classes, self.dims, 1)
+
+    def build(self, heads=None):
+        backbone = networks.backbone("vnet", 1, self.dims, 2)
+        return SegNet(backbone, heads or {"seg": self.classes})
+
+    def method(self, seed=0):
+        torch.manual_seed(seed)
+        method = self.cls(self.build, self.task, self.cls.Config(**self.hp))
+        return method.to(memory_format=channels_last(self.dims)).train()
+
+    def spec(self, **changes):
+        unlabeled = 2 if self.cls.needs.unlabeled else 0
+        return RunSpec(**{"method": "contract", "width": 2, "patch": [PATCH] * self.dims, "iterations": 6,
+                          "labeled_batch": 2, "unlabeled_batch": unlabeled, "augmentation": ["rotflip"],
+                          "precision": "32-true"} | changes)
+
+    def loader(self, store=None):
+        spec = self.spec()
+        return Loader(store or FakeStore(self.dims, self.classes), LABELED, UNLABELED, spec.patch,
+                      (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, "cpu")
+
+    def trainer(self, folder, loader=None, seed=0, **changes):
+        folder.mkdir(parents=True, exist_ok=True)
+        return Trainer(self.method(seed), loader or self.loader(), self.spec(**changes), folder, log_every=1,
+                       save_every=3)
+
+    def batch(self, label=None, unlabeled_label=None) -> Batch:
+        """The first batch, with other labels for its halves where given."""
+        batch = self.loader().batch(0, 0)
+        labeled = batch.labeled if label is None else batch.labeled._replace(label=label)
+        return batch._replace(labeled=labeled, unlabeled=batch.unlabeled._replace(label=unlabeled_label))
+
+    def moments(self, method, step=TOTAL - 1):
+        """A clock late in every stage and phase, when all ramps are up; the stage has been entered."""
+        for stage in method.stages():
+            method.enter(stage.name)
+            method.train()
+            for phase in stage.phases:
+                yield Clock(torch.tensor(step), TOTAL, stage.name, phase)
+
+    def losses(self, batch=None, method=None):
+        """(clock, Losses) of every stage and phase of a freshly seeded method."""
+        method, batch = method or self.method(), batch or self.batch()
+        for clock in self.moments(method):
+            torch.manual_seed(1)
+            yield clock, method(batch, clock)
+
+
+@pytest.fixture
+def setting():
+    """setting(method class, dims, classes) -> `Setting`."""
+    return Setting
+
+
+@pytest.fixture
+def fake_store():
+    """fake_store(dims, classes, unlabeled_shift) -> `FakeStore`."""
+    return FakeStore

@@ -1,0 +1,422 @@
+"""The laws that every method obeys, in 2D and 3D, with 2 and 4 classes; a new method file is tested as it is.
+
+A law is a function that raises AssertionError, so that the mutants below can prove that it would.
+"""
+
+import dataclasses
+import io
+import os
+import re
+import signal
+import typing
+
+import pytest
+import torch
+
+from ssl4mis import registry
+from ssl4mis.batch import Clock, Losses
+from ssl4mis.losses import segmentation
+from ssl4mis.method import Method, Teacher
+from ssl4mis.methods.mean_teacher import MeanTeacher
+from ssl4mis.trainer import TrainingStopped
+
+NAMES = registry.names()
+LONG_AGO = 10**7  # a step at which a teacher's decay has long reached its final value
+# bf16-mixed against float32: 5 % of the total and 25 % of each term. Eight bits through twenty layers, the lowest of
+# which normalizes over as few as two values here, moved small differences of predictions by up to 13 %.
+BF16_TOTAL, BF16_TERM = 0.05, 0.25
+
+
+@pytest.fixture(params=[(2, 2), (2, 4), (3, 2), (3, 4)], ids=lambda p: f"{p[0]}D-{p[1]}classes")
+def world(request, setting):
+    return lambda cls: setting(cls, *request.param)
+
+
+@pytest.fixture(params=NAMES)
+def case(request, world):
+    return world(registry.method_class(request.param))
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+def terms_are_finite(s, batch=None):
+    for clock, losses in s.losses(batch):
+        assert losses.terms, f"no terms in {clock.stage}/{clock.phase}"
+        for name, value in losses.terms.items():
+            assert value.ndim == 0 and value.isfinite(), f"{name} = {value}"
+            assert value.requires_grad, f"{name} has no gradient"
+        for name, value in losses.watch.items():
+            assert torch.as_tensor(value).ndim == 0 and not torch.as_tensor(value).requires_grad, f"watch {name}"
+
+
+def each_term_moves_a_parameter(s):
+    method = s.method()
+    for clock, losses in s.losses(method=method):
+        parameters = method.trainable(clock.phase)
+        for name, value in losses.terms.items():
+            assert value.requires_grad, f"{name} has no gradient"
+            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            assert any(g is not None and g.abs().max() > 0 for g in grads), f"{name} moves no parameter"
+            assert all(g is None or g.isfinite().all() for g in grads), f"{name} has a gradient that is not finite"
+
+
+def predictions_are_probabilities(s):
+    method = s.method()
+    list(s.losses(method=method))  # batch-norm statistics that are not the initial ones
+    method.eval()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    image = torch.cat([s.loader().batch(0, step).labeled.image for step in (0, 1)])[:3]
+    with torch.inference_mode():
+        together, alone = method.predict(image), method.predict(image[1:2])
+    assert together.shape == (3, s.classes, *image.shape[2:])
+    assert not together.requires_grad and all(p.grad is None for p in method.parameters())
+    assert together.min() >= 0 and torch.allclose(together.sum(1), torch.ones(()), atol=1e-5)
+    assert torch.allclose(together[1:2], alone, atol=1e-5), "depends on the other samples of the batch"
+    assert same(before, method.state_dict()), "predicting changed the method's state"
+
+
+def resumes_exactly(s, folder, stop):
+    whole, parts = s.trainer(folder / "whole"), folder / "parts"
+    curve = whole.fit()["curve"]
+    with pytest.raises((TrainingStopped, Killed)):
+        s.trainer(parts, stop(s.loader())).fit()
+    torch.manual_seed(987)  # another process starts from other generators and other weights
+    resumed = s.trainer(parts, seed=1)
+    again = resumed.fit()["curve"]
+    assert same(whole.method.state_dict(), resumed.method.state_dict()), "weights differ"
+    assert whole.optimizers.keys() == resumed.optimizers.keys()
+    for phase, optimizer in whole.optimizers.items():
+        assert same(optimizer.state_dict(), resumed.optimizers[phase].state_dict()), f"optimizer of {phase} differs"
+    assert [e["done"] for e in curve] == [e["done"] for e in again] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(curve, again, strict=True):
+        assert mine["terms"] == theirs["terms"] and mine["watch"] == theirs["watch"], f"losses of {mine['done']} differ"
+
+
+def unlabeled_labels_cannot_matter(s, folder):
+    s.trainer(folder, iterations=2).fit()  # the store raises where a label is read that must not be
+    assert s.loader().batch(0, 0).unlabeled.label is None
+    count, space = len(s.batch().unlabeled.image), s.batch().image.shape[2:]
+    values = []
+    for label in (None, torch.zeros(count, *space, dtype=torch.uint8), torch.ones(count, *space, dtype=torch.uint8)):
+        values.append([losses.terms for _, losses in s.losses(s.batch(unlabeled_label=label))])
+    assert all(same(values[0], other) for other in values[1:]), "labels of the unlabeled half change the loss"
+
+
+def unlabeled_images_matter(s, store):
+    """Only where the method says that it needs them."""
+    if not s.cls.needs.unlabeled:
+        assert s.batch().unlabeled.image.shape[0] == 0
+        return
+    other = s.loader(store(s.dims, s.classes, 1.0)).batch(0, 0)
+    assert torch.equal(other.labeled.image, s.batch().labeled.image)
+    mine, theirs = ([sum(x.terms.values()).detach() for _, x in s.losses(b)] for b in (s.batch(), other))
+    assert not same(mine, theirs), "unlabeled images do not change the loss"
+
+
+def teachers_follow(s):
+    method = s.method()
+    teachers = {n: m for n, m in method.named_modules() if isinstance(m, Teacher)}
+    if "teacher" not in teachers:
+        return
+    *_, clock = s.moments(method)
+    mine, theirs = list(method.teacher.net.parameters()), list(method.student.parameters())
+    shake(theirs)
+    method.after_step(clock._replace(step=torch.tensor(0)))
+    assert same(mine, theirs), "the first step does not copy the student"
+    shake(theirs)
+    old = [p.clone() for p in mine]
+    method.after_step(clock._replace(step=torch.tensor(LONG_AGO)))
+    decay = method.teacher.decay
+    assert 0 < decay < 1
+    for new, before, student in zip(mine, old, theirs, strict=True):
+        expected = decay * before.double() + (1 - decay) * student.double()
+        assert (new - expected).abs().max() < 1e-6, "the teacher does not move by 1 - decay"
+        assert not torch.equal(new, before), "the teacher does not move"
+    for _, losses in s.losses(method=method):
+        sum(losses.terms.values()).backward()
+    for teacher in teachers.values():
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters()), "a teacher has gradients"
+
+
+def half_precision_agrees(s, folder):
+    batch, values = s.batch(), {}
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = s.trainer(folder, precision=precision)
+        values[precision] = []
+        for clock in s.moments(trainer.method):
+            torch.manual_seed(1)
+            values[precision].append({k: v.detach().item() for k, v in trainer.model(batch, clock).terms.items()})
+    for full, half in zip(*values.values(), strict=True):
+        assert half == pytest.approx(full, rel=BF16_TERM), "a term differs in bf16-mixed"
+        assert sum(half.values()) == pytest.approx(sum(full.values()), rel=BF16_TOTAL), "the total differs"
+
+
+def config_is_documented(cls):
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, "Config is not a frozen dataclass"
+    arguments = (cls.__doc__ or "").partition("Args:")[2]
+    told = {name for line in re.findall(r"^ +([\w, ]+): +\S", arguments, re.M) for name in re.split(r", *", line)}
+    silent = {f.name for f in dataclasses.fields(cls)} - told
+    assert not silent, f"Config says nothing about {sorted(silent)}"
+    cls()  # every field has a default
+
+
+def state_is_complete(s):
+    first, second, file = s.method(), s.method(seed=1), io.BytesIO()
+    list(s.losses(method=first))
+    shake(first.parameters())
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    image = s.batch().image
+    with torch.inference_mode():
+        assert torch.equal(first.eval().predict(image), second.eval().predict(image))
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+def shake(parameters):
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested containers of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def at_call(number, action):
+    """A loader whose `batch` does something before it answers for the `number`th time, counted from 0."""
+    def wrap(loader):
+        original, calls = loader.batch, iter(range(10**6))
+
+        def batch(stage, step):
+            if next(calls) == number:
+                action()
+            return original(stage, step)
+
+        loader.batch = batch
+        return loader
+    return wrap
+
+
+def power_cut():
+    raise Killed
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- every method ----------------------------------------------------------------------------------------------------
+
+
+def test_terms_are_finite_scalars_with_gradient(case):
+    terms_are_finite(case)
+
+
+def test_each_term_moves_a_parameter(case):
+    each_term_moves_a_parameter(case)
+
+
+def test_predictions_are_probabilities(case):
+    predictions_are_probabilities(case)
+
+
+def test_resumes_exactly_after_a_power_cut(case, tmp_path):
+    resumes_exactly(case, tmp_path, at_call(4, power_cut))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumes_exactly_after_ctrl_c(name, setting, tmp_path):
+    resumes_exactly(setting(registry.method_class(name), 2, 2), tmp_path, at_call(2, ctrl_c))
+
+
+def test_labels_of_the_unlabeled_half_cannot_matter(case, tmp_path):
+    unlabeled_labels_cannot_matter(case, tmp_path)
+
+
+def test_unlabeled_images_matter(case, fake_store):
+    unlabeled_images_matter(case, fake_store)
+
+
+def test_labels_of_the_labeled_half_matter(case):
+    other = case.batch(label=torch.zeros_like(case.batch().labeled.label))
+    mine, theirs = ([sum(x.terms.values()).detach() for _, x in case.losses(b)] for b in (case.batch(), other))
+    assert not same(mine, theirs)
+
+
+def test_teachers_follow(case):
+    teachers_follow(case)
+
+
+def test_half_precision_agrees(case, tmp_path):
+    half_precision_agrees(case, tmp_path)
+
+
+def test_an_absent_class_is_harmless(case):
+    label = case.batch().labeled.label
+    terms_are_finite(case, case.batch(label=torch.zeros_like(label)))
+    terms_are_finite(case, case.batch(label=torch.full_like(label, case.classes - 1)))
+
+
+def test_state_is_complete(case):
+    state_is_complete(case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_documented(name):
+    config_is_documented(registry.method_class(name).Config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_choice_of_a_hyper_parameter_works(name, setting):
+    cls = registry.method_class(name)
+    for field, kind in typing.get_type_hints(cls.Config).items():
+        for choice in typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ():
+            s = setting(cls, 2, 4, {field: choice})
+            terms_are_finite(s)
+            predictions_are_probabilities(s)
+
+
+# --- mutants: the laws would notice ----------------------------------------------------------------------------------
+
+
+class FrozenTeacher(MeanTeacher):
+    """The bug of a copied `.add` for `.add_`: nothing is ever written to the teacher."""
+
+    def after_step(self, clock):
+        pass
+
+
+class CopiedTeacher(MeanTeacher):
+    """A teacher that is the student."""
+
+    def after_step(self, clock):
+        self.teacher.follow(self.student, torch.zeros_like(clock.step))
+
+
+class DeafConsistency(MeanTeacher):
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        return Losses(losses.terms | {"consistency": losses.terms["consistency"].detach()})
+
+
+class SilentConsistency(MeanTeacher):
+    """Requires a gradient that is always zero."""
+
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        return Losses(losses.terms | {"consistency": losses.terms["consistency"] * 0})
+
+
+class ReadsUnlabeledLabels(MeanTeacher):
+    def forward(self, batch, clock):
+        losses, label = super().forward(batch, clock), batch.unlabeled.label
+        if label is None:
+            return losses
+        return Losses(losses.terms | {"leak": segmentation(self.student(batch.unlabeled.image).logits, label)})
+
+
+class ReadsTheStore(MeanTeacher):
+    store = None
+
+    def forward(self, batch, clock):
+        for case in batch.unlabeled.cases:
+            self.store.label(case)
+        return super().forward(batch, clock)
+
+
+class ForgetfulTeacher(MeanTeacher):
+    """Keeps its own count of steps in Python, where no checkpoint finds it."""
+
+    steps = 0
+
+    def after_step(self, clock):
+        self.teacher.follow(self.student, torch.tensor(self.steps))
+        self.steps += 1
+
+
+class BatchStatistics(MeanTeacher):
+    """Normalizes over the batch, so the answer hangs on the other samples."""
+
+    def predict(self, image):
+        return super().predict(image - image.mean())
+
+
+class Logarithm(MeanTeacher):
+    """log 0 where a class is absent."""
+
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        foreground = (batch.labeled.label == 1).float().mean()
+        return Losses(losses.terms | {"size": losses.terms["supervised"] * foreground.log()})
+
+
+@dataclasses.dataclass
+class Undocumented:
+    """Hyper-parameters.
+
+    Args:
+        decay: of the teacher.
+    """
+
+    decay: float = 0.9
+    weight: float = 0.1
+
+
+@pytest.mark.parametrize("mutant, law", [
+    (FrozenTeacher, teachers_follow),
+    (CopiedTeacher, teachers_follow),
+    (DeafConsistency, terms_are_finite),
+    (DeafConsistency, each_term_moves_a_parameter),
+    (SilentConsistency, each_term_moves_a_parameter),
+    (BatchStatistics, predictions_are_probabilities),
+], ids=lambda value: value.__name__)
+def test_mutants_are_caught(mutant, law, setting):
+    with pytest.raises(AssertionError):
+        law(setting(mutant, 2, 2))
+
+
+@pytest.mark.parametrize("mutant", [ReadsUnlabeledLabels, ReadsTheStore])
+def test_leaks_are_caught(mutant, setting, fake_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(ReadsTheStore, "store", fake_store(2, 2))
+    with pytest.raises(AssertionError):
+        unlabeled_labels_cannot_matter(setting(mutant, 2, 2), tmp_path)
+
+
+def test_state_outside_the_checkpoint_is_caught(setting, tmp_path):
+    with pytest.raises(AssertionError):
+        resumes_exactly(setting(ForgetfulTeacher, 2, 2), tmp_path, at_call(4, power_cut))
+
+
+def test_a_loss_that_needs_every_class_is_caught(setting):
+    s = setting(Logarithm, 2, 2)
+    with pytest.raises(AssertionError):
+        terms_are_finite(s, s.batch(label=torch.zeros_like(s.batch().labeled.label)))
+
+
+@pytest.mark.parametrize("config", [Undocumented, dataclasses.make_dataclass("Config", [], frozen=False)])
+def test_a_poor_config_is_caught(config):
+    with pytest.raises(AssertionError):
+        config_is_documented(config)
+
+
+def test_the_base_class_says_what_is_missing(setting):
+    method = Method(None, setting(MeanTeacher, 2, 2).task, None)
+    with pytest.raises(TypeError, match="losses"):
+        method(None, Clock(torch.tensor(0), 1))
+    with pytest.raises(TypeError, match="predicts"):
+        method.predict(None)

@@ -1,0 +1,137 @@
+"""networks.batchnorm against torch's batch norm in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from networks.base import channels_last
+from networks.batchnorm import BatchNorm2d, BatchNorm3d, _is_channels_last
+
+OURS = {2: BatchNorm2d, 3: BatchNorm3d}
+TORCH = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+SHAPES = [(1, 3, 5, 7), (2, 4, 8, 8), (3, 1, 9, 4), (4, 16, 3, 3), (2, 600, 2, 3),
+          (1, 2, 3, 5, 7), (2, 16, 8, 8, 8), (3, 3, 5, 4, 2), (4, 8, 1, 3, 1), (2, 32, 2, 2, 2)]
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def tensor(shape, seed=0, mean=1.0, sd=3.0, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * sd + mean
+    return x.to(dtype).contiguous(memory_format=channels_last(len(shape) - 2))
+
+
+def pair(shape, dtype=torch.float64):
+    """Our layer and torch's with the same random weights."""
+    dims, channels = len(shape) - 2, shape[1]
+    ours, theirs = OURS[dims](channels), TORCH[dims](channels).to(dtype)
+    torch.manual_seed(1)
+    nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def forward_backward(layer, x, grad):
+    x = x.detach().requires_grad_()
+    out = layer(x)
+    out.backward(grad)
+    return {"output": out.detach(), "input": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+
+
+def close(got, expected, tolerance):
+    """Largest difference relative to the largest value."""
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < tolerance, f"{float(error):.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_float64(shape):
+    ours, theirs = pair(shape)
+    x, grad = tensor(shape), tensor(shape, seed=2, mean=0.5, sd=1.0)
+    assert _is_channels_last(x) or shape[1] == 1
+    for _ in range(2):  # twice, for the running statistics
+        ours.zero_grad(), theirs.zero_grad()
+        got = forward_backward(ours, x, grad)
+        expected = forward_backward(theirs, x.double().contiguous(), grad.double().contiguous())
+    for name, value in expected.items():
+        close(got[name], value, 1e-5)
+    for name in STATISTICS:
+        close(getattr(ours, name), getattr(theirs, name).double(), 1e-5)
+    assert got["output"].stride() == x.stride()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_off_by_rounding_only(shape):
+    ours, theirs = pair(shape)
+    x = tensor(shape, dtype=torch.bfloat16)
+    grad = tensor(shape, seed=2, mean=0.5, sd=1.0, dtype=torch.bfloat16)
+    got = forward_backward(ours, x, grad)
+    expected = forward_backward(theirs, x.double().contiguous(), grad.double().contiguous())
+    assert got["output"].dtype == got["input"].dtype == torch.bfloat16
+    assert got["weight"].dtype == got["bias"].dtype == torch.float32
+    error = (got["output"].double() - expected["output"]).abs()
+    assert (error <= 2.0**-8 * expected["output"].abs() + 1e-5).all()  # half a unit in the last of 8 bits
+    close(got["input"], expected["input"], 2.0**-7)  # a sum of two rounded tensors
+    for name in ("weight", "bias"):
+        close(got[name], expected[name], 1e-5)
+    for name in STATISTICS:
+        close(getattr(ours, name), getattr(theirs, name).double(), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 4, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize("training, last", [(True, False), (False, False), (False, True)])
+def test_other_paths_are_torch(shape, training, last):
+    ours, theirs = pair(shape, torch.float32)
+    ours.train(training), theirs.train(training)
+    x = tensor(shape) if last else tensor(shape).contiguous()
+    got, expected = forward_backward(ours, x, torch.ones_like(x)), forward_backward(theirs, x, torch.ones_like(x))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in STATISTICS)
+
+
+def test_variance_of_a_large_tensor():
+    """Where torch's own kernel sums one long float32 chain per channel."""
+    shape = (2, 8, 64, 64, 32)
+    x = tensor(shape)
+    exact = x.double().var(dim=(0, 2, 3, 4))
+    errors = []
+    for layer in (BatchNorm3d(8, momentum=1.0), nn.BatchNorm3d(8, momentum=1.0)):
+        with torch.no_grad():
+            layer(x)
+        errors.append(float(((layer.running_var.double() - exact) / exact).abs().max()))
+    assert errors[0] < 1e-6
+    if torch.get_num_threads() == 1:  # torch's own error depends on the number of threads
+        assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_state_is_that_of_torch(dims):
+    ours, theirs = OURS[dims](3), TORCH[dims](3)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and isinstance(ours, TORCH[dims])
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_relu_in_place_after_it():
+    shape = (2, 4, 6, 6, 6)
+    ours, theirs = pair(shape)
+    x, grad = tensor(shape), tensor(shape, seed=2)
+    results = []
+    for layer, values in ((ours, (x, grad)), (theirs, (x.double().contiguous(), grad.double().contiguous()))):
+        values = values[0].requires_grad_(), values[1]
+        nn.Sequential(layer, nn.ReLU(inplace=True))(values[0]).backward(values[1])
+        results.append((values[0].grad, layer.weight.grad, layer.bias.grad))
+    for got, expected in zip(*results, strict=True):
+        close(got, expected, 1e-5)
+
+
+def test_a_gradient_in_another_layout():
+    shape = (2, 4, 6, 6, 6)
+    ours, theirs = pair(shape)
+    x, grad = tensor(shape), tensor(shape, seed=2).contiguous()
+    got, expected = forward_backward(ours, x, grad), forward_backward(theirs, x.double().contiguous(), grad.double())
+    close(got["input"], expected["input"], 1e-5)
+
+
+def test_no_gradient_is_asked_for():
+    layer = BatchNorm2d(4)
+    with torch.no_grad():
+        assert not layer(tensor((2, 4, 8, 8))).requires_grad
+    assert layer.num_batches_tracked == 1
