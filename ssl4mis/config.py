@@ -36,8 +36,8 @@ class RunSpec:
         seed: of weights, batches, dropout and noise.
         network: backbone.
         width: channels at full resolution; they double at each level.
-        patch: voxels per axis.
-        stride: of the sliding window, voxels per axis; it is part of what a score means.
+        patch: voxels per axis, written [112,112,80].
+        stride: of the sliding window, voxels per axis, written [18,18,4]; it is part of what a score means.
         iterations: over all stages; ramps and learning-rate drops scale with it.
         labeled_batch: labeled samples per step.
         unlabeled_batch: unlabeled samples per step.
@@ -46,7 +46,7 @@ class RunSpec:
         momentum: of SGD.
         weight_decay: of SGD.
         clip: largest gradient norm; 0 for none.
-        augmentation: of the training patches.
+        augmentation: of the training patches, written [rotflip], or [] for none.
         precision: of training; auto takes bf16 where the processor has it. Evaluation is always in float32.
         storage: how training images are kept in memory.
         hp: hyper-parameters of the method.
@@ -112,39 +112,55 @@ class Parser(ArgumentParser):
 
     def error(self, message, ex=None):
         text = " ".join(str(message).split())
-        for wrong in re.findall(r"--([\w.]+)", text) + re.findall(r"[Kk]ey '([\w.]+)'", text):
-            known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
-            if wrong not in known:
-                text = registry.nearest("option", wrong, known)
+        known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
+        for wrong in re.findall(r"--([\w.]+)|(?:[Kk]ey|[Oo]ption) '([\w.-]+)'", text):
+            name = wrong[0] or wrong[1]
+            if name not in known:
+                text = registry.nearest("option", name, known)
         print(f"{self.prog}: error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
-def underscored(argv: list[str]) -> list[str]:
-    """`--data-root` and `--data_root` are the same option."""
-    return [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+def in_order(argv: list[str]) -> list[str]:
+    """The command line with `--data-root` spelled `--data_root`, and config files first: the rest goes over them."""
+    words = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    files, rest = [], []
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            files += [word, words.pop(0)]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return files + rest
 
 
 def peek(argv: list[str]) -> dict[str, str]:
-    """Method, data set and protocol named by the command line or its config file; they decide the other defaults."""
+    """Method, data set and protocol named by the command line or its config files; they decide the other defaults.
+
+    UserError naming a config file that is not a YAML mapping.
+    """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("method", "dataset", "protocol", "config"):
+    scan.add_argument("--config", action="append", default=[], type=Path)
+    for name in ("method", "dataset", "protocol"):
         scan.add_argument(f"--{name}")
     try:
-        found = {k: v for k, v in vars(scan.parse_known_args(argv)[0]).items() if v is not None}
+        named = vars(scan.parse_known_args(argv)[0])
     except argparse.ArgumentError:  # the real parser will say what is wrong
         return {}
-    file = Path(found.pop("config", ""))
-    if file.is_file():
-        settings = yaml.safe_load(file.read_text())
-        found = {k: str(v) for k, v in (settings if isinstance(settings, dict) else {}).items()
-                 if k in ("method", "dataset", "protocol")} | found
-    return found
+    found = {}
+    for file in named.pop("config"):
+        try:
+            settings = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"config {file}: expected a YAML file ({error})") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"config {file}: expected a YAML mapping of options, found {type(settings).__name__}")
+        found |= {k: str(v) for k, v in settings.items() if k in named and v is not None}
+    return found | {k: v for k, v in named.items() if v is not None}
 
 
 def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     """The parser for a command line; method, data set and protocol in it decide defaults and the `--hp.*` options."""
-    named = peek(argv)
     parser = Parser(prog=prog, allow_abbrev=False,
                     description="Train one method on one data set, evaluate it, write one record. "
                                 "The same command again resumes; a finished run is left alone.")
@@ -153,6 +169,7 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     parser.add_class_arguments(RunSpec, skip={"hp"})
     parser.add_class_arguments(RunOptions)
     try:
+        named = peek(argv)
         spec = data_prep.dataset(named.get("dataset", "LA"))
         protocol = find_protocol(spec, named.get("protocol"))
         defaults = {"dataset": spec.name, "protocol": protocol.name, "labeled": protocol.labeled[-1]}
@@ -182,12 +199,14 @@ def find_protocol(dataset, name: str | None):
 
 def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOptions]:
     """A command line to resolved runs (several for `--fold all`); exits with status 2 and one line on bad input."""
-    argv = underscored(argv)
+    argv = in_order(argv)
     parser = make_parser(argv, prog)
     settings = parser.parse_args(argv).as_dict()
     options = RunOptions(**{f.name: settings[f.name] for f in dataclasses.fields(RunOptions)})
     spec = RunSpec(**{f.name: settings[f.name] for f in dataclasses.fields(RunSpec) if f.name in settings})
     try:
+        for name in ("log_every", "save_every"):
+            at_least(1, name, getattr(options, name))
         return resolve(spec), options
     except (UserError, data_prep.DataError) as error:
         parser.error(error)
@@ -197,14 +216,7 @@ def resolve(spec: RunSpec) -> list[RunSpec]:
     """Canonical names, counts for shares, one spec per fold; UserError or DataError on impossible values."""
     dataset = data_prep.dataset(spec.dataset)
     protocol = find_protocol(dataset, spec.protocol)
-    if spec.network not in networks.NAMES:
-        raise UserError(registry.nearest("network", spec.network, networks.NAMES))
-    for name in ("patch", "stride"):
-        if len(getattr(spec, name)) != dataset.spatial_dims or min(getattr(spec, name)) < 1:
-            raise UserError(f"{name} {getattr(spec, name)}: expected {dataset.spatial_dims} positive numbers")
-    for name in ("iterations", "labeled_batch", "width"):
-        if getattr(spec, name) < 1:
-            raise UserError(f"{name} {getattr(spec, name)}: expected at least 1")
+    check_values(spec, dataset.spatial_dims)
     split = data_prep.load_split(protocol.split, 0)
     folds = range(split.folds) if spec.fold == "all" else [whole_number("fold", spec.fold)]
     known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name)
@@ -217,6 +229,40 @@ def resolve(spec: RunSpec) -> list[RunSpec]:
                              f"{len(split.train)} training cases; expected fewer labeled ones")
         runs.append(dataclasses.replace(known, fold=fold, labeled=count))
     return runs
+
+
+def check_values(spec: RunSpec, dims: int) -> None:
+    """UserError, one line, on values that cannot work, alone or together."""
+    from ssl4mis.augment import NAMES
+
+    method = registry.method_class(spec.method)
+    if spec.network not in networks.NAMES:
+        raise UserError(registry.nearest("network", spec.network, networks.NAMES))
+    for name in spec.augmentation:
+        if name not in NAMES:
+            raise UserError(registry.nearest("augmentation", name, NAMES))
+    for name in ("patch", "stride"):
+        if len(getattr(spec, name)) != dims or min(getattr(spec, name)) < 1:
+            raise UserError(f"{name} {getattr(spec, name)}: expected {dims} positive numbers")
+    if any(step > side for step, side in zip(spec.stride, spec.patch, strict=True)):
+        raise UserError(f"stride {spec.stride}: expected at most the patch {spec.patch}, or voxels are left out")
+    for name in ("iterations", "labeled_batch", "width"):
+        at_least(1, name, getattr(spec, name))
+    for name in ("seed", "unlabeled_batch", "learning_rate", "momentum", "weight_decay", "clip"):
+        at_least(0, name, getattr(spec, name))
+    if bool(spec.unlabeled_batch) != method.needs.unlabeled:
+        wanted = "at least 1, since it learns from unlabeled cases" if method.needs.unlabeled else "0"
+        raise UserError(f"unlabeled_batch {spec.unlabeled_batch}: method {spec.method} expects {wanted}")
+    try:
+        method.Config(**spec.hp)
+    except TypeError as error:
+        raise UserError(f"hp {spec.hp}: not the hyper-parameters of {spec.method} ({error})") from None
+
+
+def at_least(least: float, name: str, value: float) -> None:
+    """UserError unless the value is that large."""
+    if not value >= least:
+        raise UserError(f"{name} {value}: expected at least {least}")
 
 
 def whole_number(name: str, value) -> int:
@@ -233,7 +279,7 @@ def case_count(labeled: int | str, training: int) -> int:
     if text.endswith("%"):
         try:
             count = round(float(text[:-1]) / 100 * training)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(f"labeled {text!r}: expected a count or a share such as 20%") from None
     else:
         count = whole_number("labeled", text)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl4mis.batch import Batch, Clock, Losses
+from ssl4mis.errors import UserError
 from ssl4mis.schedules import ema_decay
 
 
@@ -75,6 +76,13 @@ class Method(nn.Module):
     def predict(self, image: Tensor) -> Tensor:
         """Image (B, C, *space) -> class probabilities (B, K, *space); the trainer has called `eval()`."""
         raise TypeError(f"{type(self).__name__} does not say how it predicts")
+
+
+def at_least_one(hp, *names: str) -> None:
+    """For a `Config`'s `__post_init__`: UserError unless these hyper-parameters are 1 or more."""
+    for name in names:
+        if getattr(hp, name) < 1:
+            raise UserError(f"hp.{name} {getattr(hp, name)}: expected at least 1")
 
 
 class Teacher(nn.Module):

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ssl4mis.records import write_text
+
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -49,7 +51,7 @@ class Reporter:
                     continue
                 if event["done"] <= done:
                     kept.append(event)
-        self.events.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
         return kept
 
     def step(self, event: dict) -> None:

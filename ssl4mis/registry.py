@@ -2,6 +2,7 @@
 
 Wheels of third parties add names through the entry-point group `ssl4mis.methods`.
 """
+import ast
 import pkgutil
 from difflib import get_close_matches
 from importlib import import_module
@@ -52,10 +53,10 @@ def method_class(name: str) -> type:
         module = f"ssl4mis.methods.{name}"
     try:
         found = import_module(module)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise UserError(f"method {name!r}: {error}; expected package.module:Class") from error
-    own = [c for c in vars(found).values() if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module
-           and wanted in ("", c.__name__)]
+    own = [value for key, value in vars(found).items() if isinstance(value, type) and issubclass(value, Method)
+           and (key == wanted if wanted else value.__module__ == module)]
     if len(own) != 1:
         raise UserError(f"method {name!r}: expected one subclass of Method in {module}, found {len(own)}")
     return own[0]
@@ -64,4 +65,5 @@ def method_class(name: str) -> type:
 def title(name: str) -> str:
     """First line of a method's docstring, read without importing it."""
     path = FOLDER / f"{name}.py"
-    return path.read_text().split('"""')[1].splitlines()[0] if path.exists() else ""
+    text = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
+    return (text or "").partition("\n")[0]

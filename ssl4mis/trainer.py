@@ -3,6 +3,7 @@
 A step is a pure function of (state, seed, step number): the loader and torch's generators are keyed by them, so a run
 that was killed and started again is the same run.
 """
+import math
 import signal
 import threading
 import time
@@ -90,7 +91,7 @@ class Trainer:
                 spent = time.monotonic() - started
                 self.seconds, started, since = self.seconds + spent, started + spent, self.done
                 self._save()
-            if self.interrupted and self.done < self.spec.iterations:
+            if self.interrupted:
                 raise TrainingStopped(f"stopped at iteration {self.done} of {self.spec.iterations}; "
                                       "the same command goes on from there", resumable=True)
 
@@ -139,7 +140,8 @@ class Trainer:
     def _log(self, terms: dict, watched: dict, stage, rate: float) -> None:
         event = {"done": self.done, "stage": stage.name, "rate": round(rate, 3),
                  "terms": {name: float(value.detach()) for name, value in terms.items()},
-                 "watch": {name: float(value) for name, value in watched.items()}}
+                 "watch": {name: number if math.isfinite(number := float(value)) else None
+                           for name, value in watched.items()}}
         self.reporter.step(event)
         self.curve.append(event)
 

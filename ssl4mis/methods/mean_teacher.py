@@ -7,7 +7,7 @@ from typing import Literal
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, input_noise
+from ssl4mis.method import StudentTeacher, at_least_one, input_noise
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -34,6 +34,9 @@ class Config:
     noise_limit: float = 0.2
     dice: Literal["all", "foreground"] = "all"
     evaluate: Literal["student", "teacher"] = "student"
+
+    def __post_init__(self):
+        at_least_one(self, "ramp_every")
 
 
 class MeanTeacher(StudentTeacher):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import entropy, segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, input_noise
+from ssl4mis.method import StudentTeacher, at_least_one, input_noise
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -42,6 +42,9 @@ class Config:
     dice: Literal["all", "foreground"] = "foreground"
     evaluate: Literal["student", "teacher"] = "student"
     compat: Literal["right", "legacy"] = "right"
+
+    def __post_init__(self):
+        at_least_one(self, "ramp_every", "passes")
 
 
 class UAMT(StudentTeacher):

@@ -1,0 +1,274 @@
+"""The command line: what it resolves to, what names a run, and one line for everything that cannot work."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import data_prep
+from ssl4mis import config
+from ssl4mis.config import NOT_HYPER, RunOptions, RunSpec
+
+USER = "--method ua_mt --dataset LA --labeled 16"
+
+
+def parse(line: str) -> tuple[list[RunSpec], RunOptions]:
+    return config.parse(line.split())
+
+
+def one(line: str) -> RunSpec:
+    (spec,), _ = parse(line)
+    return spec
+
+
+def turned_away(capsys, line: str) -> str:
+    """The single line on stderr of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse(line)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1 and said.err.endswith("\n")
+    return said.err
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_users_command_is_the_papers_protocol():
+    specs, options = parse(USER)
+    assert options == RunOptions()
+    assert specs == [RunSpec(
+        method="ua_mt", dataset="LA", protocol="paper", labeled=16, fold=0, seed=0, network="vnet", width=16,
+        patch=[112, 112, 80], stride=[18, 18, 4], iterations=6000, labeled_batch=2, unlabeled_batch=2,
+        learning_rate=0.01, schedule="step", momentum=0.9, weight_decay=1e-4, clip=0.0, augmentation=["rotflip"],
+        precision="32-true", storage="float32", hp=specs[0].hp,
+    )]  # fmt: skip
+    assert re.fullmatch(r"LA-paper-16-vnet-ua_mt-f0-s0-[0-9a-f]{8}", specs[0].id)
+
+
+def test_hyper_parameters_start_as_the_methods_dataclass():
+    from ssl4mis.methods.ua_mt import Config
+
+    assert one(USER).hp == dataclasses.asdict(Config())
+
+
+@pytest.mark.parametrize("name", data_prep.names())
+def test_every_protocol_sets_its_own_defaults(name):
+    dataset = data_prep.dataset(name)
+    for protocol in dataset.protocols.values():
+        spec = one(f"--method ua_mt --dataset {name} --protocol {protocol.name}")
+        assert (spec.dataset, spec.protocol, spec.labeled) == (name, protocol.name, protocol.labeled[-1])
+        for key in ("iterations", "labeled_batch", "unlabeled_batch", "learning_rate", "schedule", "width",
+                    "precision"):
+            assert getattr(spec, key) == getattr(protocol, key)
+        for key in ("patch", "stride", "augmentation"):
+            assert getattr(spec, key) == list(getattr(protocol, key))
+
+
+def test_without_a_protocol_the_first_one_counts():
+    assert one("--method ua_mt --dataset phantom").protocol == next(iter(data_prep.dataset("phantom").protocols))
+
+
+def test_a_method_without_unlabeled_data_gets_none():
+    assert one("--method supervised").unlabeled_batch == 0
+
+
+@pytest.mark.parametrize(("same", "as_this"), [
+    ("--method ua_mt --labeled 20%", USER),  # 20% of 80
+    ("--method UA-MT", USER),
+    ("--method ua_mt --dataset la", USER),
+    ("--method=ua_mt --dataset=LA --labeled=16", USER),
+    ("--method mt", "--method mean_teacher"),
+    ("--method MT --labeled 10%", "--method mean_teacher --labeled 8"),
+    ("--method ua_mt --learning-rate 0.1", "--method ua_mt --learning_rate=0.1"),
+    ("--method ua_mt --hp.noise-limit 0.5", "--method ua_mt --hp.noise_limit=0.5"),
+])
+def test_spellings_of_one_run_have_one_id(same, as_this):
+    assert one(same) == one(as_this)
+    assert one(same).id == one(as_this).id
+
+
+@pytest.mark.parametrize("text", ["--data-root /a-b/c_d", "--data_root /a-b/c_d", "--data-root=/a-b/c_d",
+                                  "--data_root=/a-b/c_d"])
+def test_both_spellings_of_the_data_folder(text):
+    assert parse(f"{USER} {text}")[1].data_root == Path("/a-b/c_d")
+
+
+def test_hyper_parameters_and_lists_on_the_command_line():
+    spec = one(f"{USER} --hp.decay 0.5 --patch [16,32,48] --stride=[8,8,8]")
+    assert spec.hp["decay"] == 0.5
+    assert (spec.patch, spec.stride) == ([16, 32, 48], [8, 8, 8])
+
+
+def test_all_folds_are_one_spec_each():
+    specs, _ = parse("--method ua_mt --protocol cv5 --fold all")
+    assert [spec.fold for spec in specs] == list(range(data_prep.load_split("LA-cv5", 0).folds))
+    assert specs[3] == one("--method ua_mt --protocol cv5 --fold 3")
+    assert len({spec.id for spec in specs}) == len(specs)
+    assert len({spec.hp_hash for spec in specs}) == 1
+
+
+def test_a_file_goes_over_the_defaults_and_the_command_line_over_the_file(tmp_path):
+    file = write(tmp_path / "run.yaml", "method: mt\ndataset: phantom\nlabeled: 4\nseed: 7\nhp:\n  decay: 0.5\n")
+    spec = one(f"--config {file} --labeled 2 --hp.noise 0.3")
+    assert (spec.method, spec.dataset, spec.protocol) == ("mean_teacher", "phantom", "demo")
+    assert (spec.labeled, spec.seed) == (2, 7)
+    assert (spec.hp["decay"], spec.hp["noise"]) == (0.5, 0.3)
+    assert spec.patch == list(data_prep.dataset("phantom").protocols["demo"].patch)
+
+
+@pytest.mark.parametrize("extra", ["", " --labeled 20% --hp.decay 0.9", " --protocol cv5 --fold all --out elsewhere"])
+def test_the_printed_config_gives_the_same_runs(tmp_path, capsys, extra):
+    with pytest.raises(SystemExit) as stop:
+        parse(f"{USER}{extra} --print_config")
+    assert stop.value.code == 0
+    file = write(tmp_path / "printed.yaml", capsys.readouterr().out)
+    assert parse(f"--config {file}") == parse(USER + extra)
+
+
+def test_a_spec_written_as_yaml_gives_the_same_run(tmp_path):
+    spec = one(f"{USER} --seed 3 --hp.decay 0.5")
+    file = write(tmp_path / "spec.yaml", yaml.safe_dump(dataclasses.asdict(spec)))
+    assert one(f"--config {file}").id == spec.id
+
+
+def test_two_files_that_share_the_settings(tmp_path):
+    first = write(tmp_path / "a.yaml", "method: ua_mt\n")
+    second = write(tmp_path / "b.yaml", "labeled: 4\n")
+    assert one(f"--config {first} --config {second}").id == one("--method ua_mt --labeled 4").id
+
+
+OTHER = {
+    "method": "mean_teacher", "dataset": "phantom", "protocol": "lite", "labeled": 8, "fold": 1, "seed": 1,
+    "network": "unet", "width": 8, "patch": [96, 112, 80], "stride": [18, 18, 8], "iterations": 3000,
+    "labeled_batch": 1, "unlabeled_batch": 1, "learning_rate": 0.02, "schedule": "poly", "momentum": 0.8,
+    "weight_decay": 0.0, "clip": 1.0, "augmentation": [], "precision": "bf16-mixed", "storage": "float16",
+    "hp": {"decay": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RunSpec)])
+def test_every_deciding_value_is_part_of_the_id(field):
+    spec = one(USER)
+    other = dataclasses.replace(spec, **{field: OTHER[field]})
+    assert getattr(other, field) != getattr(spec, field)
+    assert other.id.rsplit("-", 1)[1] != spec.id.rsplit("-", 1)[1]
+    assert (other.hp_hash == spec.hp_hash) == (field in NOT_HYPER)
+
+
+def test_what_leaves_the_result_alone_is_not_part_of_the_id():
+    settings = "--device cpu --data_root /x --out /y --log_every 1 --save_every 2"
+    assert {name for name in dataclasses.asdict(RunOptions())} == set(re.findall(r"--(\w+)", settings))
+    assert one(f"{USER} {settings}").id == one(USER).id
+
+
+def test_one_leaderboard_row_is_one_hash():
+    spec = one("--method ua_mt --protocol cv5")
+    same = one("--method ua_mt --protocol cv5 --fold 2 --seed 5 --labeled 4")
+    assert same.hp_hash == spec.hp_hash
+    assert one("--method ua_mt --protocol cv5 --hp.decay 0.9").hp_hash != spec.hp_hash
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("--metod ua_mt", "did you mean method?"),
+    (f"{USER} --labelled 4", "did you mean labeled?"),
+    (f"{USER} --hp.decy 0.5", "did you mean hp.decay?"),
+    (f"{USER} --data-rot x", "did you mean data_root?"),
+    ("--method ua_nt", "did you mean ua_mt?"),
+    ("--method ua_mt --dataset phanton", "did you mean 'phantom'?"),
+    ("--method ua_mt --protocol papr", "did you mean paper?"),
+    ("--method ua_mt --network vnt", "did you mean vnet?"),
+])
+def test_typing_errors_name_the_nearest(capsys, line, expected):
+    assert expected in turned_away(capsys, line)
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ("--seed x", '"seed": Expected a'), ("--iterations 1.5", '"iterations": Expected a'),
+    ("--patch [16,a,16]", '"patch"'), ("--schedule stepp", '"schedule": Expected a'),
+    ("--device gpu", '"device": Expected a'), ("--hp.decay high", '"hp.decay": Expected a'),
+    ("--labeled 0", "labeled 0: expected 1 to 80"), ("--labeled 81", "labeled 81: expected 1 to 80"),
+    ("--labeled 80", "labeled 80: method ua_mt needs unlabeled cases"), ("--labeled 100%", "needs unlabeled cases"),
+    ("--labeled 0%", "labeled 0%: expected 1 to 80"), ("--labeled many", "expected a whole number"),
+    ("--labeled x%", "expected a count or a share"), ("--fold 1", "fold 1, expected 0 to 0"),
+    ("--fold first", "fold 'first': expected a whole number"), ("--iterations 0", "iterations 0: expected at least 1"),
+    ("--labeled_batch 0", "labeled_batch 0: expected at least 1"), ("--patch [16,16]", "expected 3 positive numbers"),
+    ("--stride [0,8,8]", "expected 3 positive numbers"), ("--config absent.yaml", "absent.yaml"), ("word", "word"),
+])
+def test_impossible_values_are_named(capsys, options, expected):
+    assert expected in turned_away(capsys, f"{USER} {options}")
+
+
+def test_all_labeled_is_fine_without_unlabeled_data():
+    spec = one("--method supervised --labeled 100%")
+    assert (spec.labeled, spec.unlabeled_batch) == (80, 0)
+
+
+def test_a_method_is_required(capsys):
+    assert "method" in turned_away(capsys, "--dataset LA")
+
+
+@pytest.mark.parametrize("options", [
+    "--stride [18,18,4] --patch [16,16,16]",  # voxels between the windows would have no prediction
+    "--augmentation [rotflp]",
+    "--unlabeled_batch 0",
+    "--unlabeled_batch -1",
+    "--seed -1",
+    "--save_every 0",
+    "--log_every 0",
+    "--learning_rate -1",
+    "--labeled inf%",
+    "--hp.passes 0",
+    "--hp.ramp_every 0",
+])
+def test_values_that_cannot_work_are_turned_away_before_the_run(capsys, options):
+    name = re.match(r"--([\w.]+)", options)[1]
+    assert name.split(".")[-1] in turned_away(capsys, f"{USER} {options}")
+
+
+def test_supervised_takes_no_unlabeled_batch(capsys):
+    assert "unlabeled_batch" in turned_away(capsys, "--method supervised --unlabeled_batch 2")
+
+
+@pytest.mark.parametrize("method", [":Class", "json:", "no_such_module:Class", "json:Class"])
+def test_methods_from_elsewhere_that_are_not_there(capsys, method):
+    assert "method" in turned_away(capsys, f"--method {method}")
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("method: ua_mt\nlabelled: 4\n", "labeled"),
+    ("method: ua_mt\nhp:\n  decy: 0.5\n", "hp.decay"),
+    ("method: ua_mt\nseed: x\n", "seed"),
+    ("method: ua_mt\nhp: 3\n", "hp"),
+    ("method: ua_nt\n", "ua_mt"),
+    ("method: [}\n", "run.yaml"),
+    ("- ua_mt\n", "onfig"),
+    ("", "onfig"),
+])
+def test_a_file_that_cannot_work_is_one_line(tmp_path, capsys, text, expected):
+    assert expected in turned_away(capsys, f"--config {write(tmp_path / 'run.yaml', text)}")
+
+
+def test_a_file_that_is_not_text_is_one_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "run.yaml" in turned_away(capsys, f"--config {file}")
+
+
+@pytest.mark.parametrize("line", ["--method supervised --config {}", "--config {} --method supervised"])
+def test_the_order_of_file_and_command_line_keeps_method_and_defaults_together(tmp_path, line):
+    """Whichever of the two methods wins, its own hyper-parameters and batch sizes must come with it."""
+    spec = one(line.format(write(tmp_path / "run.yaml", "method: ua_mt\n")))
+    plain = one(f"--method {spec.method}")
+    assert (spec.hp, spec.unlabeled_batch) == (plain.hp, plain.unlabeled_batch)
+
+
+@pytest.mark.parametrize("line", ["--dataset phantom --config {}", "--config {} --dataset phantom"])
+def test_the_order_of_file_and_command_line_keeps_data_set_and_defaults_together(tmp_path, line):
+    spec = one(line.format(write(tmp_path / "run.yaml", "method: ua_mt\ndataset: LA\n")))
+    assert spec == one(f"--method ua_mt --dataset {spec.dataset}")
