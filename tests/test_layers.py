@@ -17,7 +17,8 @@ TORCH = ("torch", "torchvision", "torchmetrics", "monai", "safetensors.torch", *
 # a module of ssl4mis that is not named here belongs to "ssl4mis", the layer of the parts.
 LAYERS = (
     ("networks", "data_prep"),
-    tuple(f"ssl4mis.{m}" for m in "errors method batch losses schedules ops augment inference distance metrics".split()),
+    tuple(f"ssl4mis.{m}" for m in
+          "errors method batch losses schedules ops augment inference distance metrics".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
     ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict"),
