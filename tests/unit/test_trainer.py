@@ -211,9 +211,13 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     assert resumed.method.weight.tolist() == [-12.0, -12.0] and len(resumed.method.trace) == 6
 
 
-def test_a_signal_in_the_last_step_is_too_late(tmp_path):
+def test_a_signal_in_the_last_step_stops_before_the_evaluation(tmp_path):
     run = make(tmp_path, Ramp(hp=at(11, lambda: os.kill(os.getpid(), signal.SIGINT))))
-    assert run.fit()["curve"][-1]["done"] == 12
+    with pytest.raises(TrainingStopped, match="iteration 12 of 12") as stop:
+        run.fit()
+    assert stop.value.resumable
+    again = make(tmp_path, Ramp(hp=at(0, crash)))  # no step is left to do
+    assert again.fit()["curve"][-1]["done"] == 12
 
 
 def test_handlers_come_back_after_a_crash(tmp_path):
