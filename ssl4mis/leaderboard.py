@@ -11,7 +11,7 @@ from ssl4mis import records as store
 from ssl4mis.selection import run_scores, select
 
 COLUMNS = (
-    "rank,source,dataset,protocol,split,labeled,unlabeled,method,network,precision,Dice,Dice_sd,Jaccard,Jaccard_sd,"
+    "rank,source,dataset,protocol,split,labeled,unlabeled,method,network,batch,precision,Dice,Dice_sd,Jaccard,Jaccard_sd,"
     "95HD,95HD_sd,ASD,ASD_sd,95HD_mm,ASD_mm,missed,n,folds,seeds,complete,selection,hp_hash,iterations,"
     "iterations_per_s,device,hours,reference"
 ).split(",")
@@ -21,9 +21,10 @@ METRICS = {  # column: key of the scores, factor; 95HD and ASD are in voxels, as
     "95HD_mm": ("hd95_mm", 1), "ASD_mm": ("asd_mm", 1),
 }  # fmt: skip
 COMPACT = {
-    "method": "method", "labeled": "labeled", "network": "network", "precision": "precision", "Dice": "Dice ± sd",
-    "Jaccard": "Jaccard", "95HD": "95HD", "ASD": "ASD", "missed": "missed", "n": "n", "complete": "complete",
-    "iterations_per_s": "it/s", "device": "device", "hours": "hours",
+    "method": "method", "labeled": "labeled", "network": "network", "batch": "batch", "precision": "precision",
+    "Dice": "Dice ± sd", "Jaccard": "Jaccard", "95HD": "95HD", "ASD": "ASD", "missed": "missed", "n": "n",
+    "complete": "complete",
+    "iterations_per_s": "it/s", "device": "device", "hours": "hours", "hp_hash": "settings",
 }  # fmt: skip
 EMPTY = {"penalty": "the image diagonal", "legacy": "0"}
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -157,8 +158,9 @@ def markdown(table, policy: str = "penalty") -> str:
         for (dataset, protocol, split), cells in sections.items()
     ]
     note = (
-        "Dice and Jaccard in %, 95HD and ASD in voxels, mean over n runs (folds and seeds), sd over runs; "
-        f"a distance to or from an empty mask counts as {EMPTY[policy]}; hours per run on the device named.\n"
+        "Batch: labeled + unlabeled samples per step. Dice and Jaccard in %, 95HD and ASD in voxels: mean over n runs "
+        f"(folds and seeds), sd over runs; a distance to or from an empty mask counts as {EMPTY[policy]}. "
+        "Hours per run on the device named. Settings: hash of all hyper-parameters.\n"
     )
     return "\n".join([*parts, note])
 
@@ -258,6 +260,7 @@ def _measured_row(group, rank):
         "rank": rank, "source": "measured", "dataset": spec["dataset"], "protocol": spec["protocol"],
         "split": group.split, "labeled": str(spec["labeled"]), "unlabeled": str(len(split["unlabeled"])),
         "method": spec["method"], "network": spec["network"], "precision": spec["precision"],
+        "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
         "missed": str(sum(score["missed"] for score in group.scores)), "n": str(len(runs)),
         "folds": str(len({item["spec"]["fold"] for item in runs})),
         "seeds": str(len({item["spec"]["seed"] for item in runs})), "complete": "yes" if group.complete else "no",

@@ -17,7 +17,7 @@ TOP = {
 }  # fmt: skip
 NESTED = {
     "spec": {"method": str, "dataset": str, "protocol": str, "labeled": int, "fold": int, "seed": int,
-             "network": str, "iterations": int, "precision": str},
+             "network": str, "labeled_batch": int, "unlabeled_batch": int, "iterations": int, "precision": str},
     "split": {"name": str, "fold": int, "folds": int, "sha256": str, "labeled": list, "unlabeled": list, "test": list},
     "timing": {"train_seconds": float, "evaluate_seconds": float, "iterations_per_second": float},
     "device": {"type": str, "name": str},

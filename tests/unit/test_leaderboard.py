@@ -28,7 +28,8 @@ def case(name, dice, distance=2.0, label="organ", empty_prediction=False, empty_
 def make(dice=0.8, method="ua_mt", fold=0, seed=0, labeled=16, folds=1, rows=None, split="LA-paper", **changes):
     rows = rows or [case("a", dice), case("b", dice)]
     spec = {"method": method, "dataset": "LA", "protocol": "lite", "labeled": labeled, "fold": fold, "seed": seed,
-            "network": "vnet", "iterations": 3000, "precision": "32-true"}  # fmt: skip
+            "network": "vnet", "labeled_batch": 2, "unlabeled_batch": 2,
+            "iterations": 3000, "precision": "32-true"}  # fmt: skip
     record = {
         "schema": 1, "id": f"LA-lite-{labeled}-vnet-{method}-f{fold}-s{seed}-0123abcd", "spec": spec,
         "hp_hash": "0123abcd",
@@ -246,9 +247,9 @@ def test_markdown_shows_measured_rows_only():
     text = leaderboard.markdown(leaderboard.rows(runs, [reported(method="paper")]))
     assert "### LA, protocol lite, split LA-other\n\n| method | labeled |" in text
     assert (
-        "| ua_mt | 16 | vnet | 32-true | 85.00 ± 7.07 | 42.50 | 2.00 | 2.00 | 0 | 2 | yes | 2.50 | cpu: test |" in text
+        "| ua_mt | 16 | vnet | 2+2 | 32-true | 85.00 ± 7.07 | 42.50 | 2.00 | 2.00 | 0 | 2 | yes | 2.50 |" in text
     )
-    assert "| dtc | 16 | vnet | 32-true | 70.00 |" in text and "cpu: a\\|b" in text
+    assert "| dtc | 16 | vnet | 2+2 | 32-true | 70.00 |" in text and "cpu: a\\|b" in text
     assert "paper |" not in text
     assert leaderboard.markdown(leaderboard.rows([], [reported()])) == "No measured rows yet.\n"
 

@@ -23,7 +23,8 @@ def make(dice=(0.5, 0.75), seed=0):
     return {
         "schema": 1, "id": f"LA-lite-1-vnet-ua_mt-f0-s{seed}-0123abcd",
         "spec": {"method": "ua_mt", "dataset": "LA", "protocol": "lite", "labeled": 1, "fold": 0, "seed": seed,
-                 "network": "vnet", "iterations": 10, "precision": "32-true", "hp": {"decay": 0.99}},
+                 "network": "vnet", "labeled_batch": 2, "unlabeled_batch": 2,
+                 "iterations": 10, "precision": "32-true", "hp": {"decay": 0.99}},
         "hp_hash": "0123abcd",
         "split": {"name": "LA-paper", "fold": 0, "folds": 1, "sha256": "ab" * 32, "labeled": ["x"],
                   "unlabeled": ["y"], "test": cases},

@@ -29,7 +29,8 @@ def make(method="ua_mt", seed=0, protocol="lite", selection="last", shift=0.0):
     return {
         "schema": 1, "id": f"LA-{protocol}-16-vnet-{method}-f0-s{seed}-0123abcd",
         "spec": {"method": method, "dataset": "LA", "protocol": protocol, "labeled": 16, "fold": 0, "seed": seed,
-                 "network": "vnet", "iterations": 10, "precision": "32-true"},
+                 "network": "vnet", "labeled_batch": 2, "unlabeled_batch": 2,
+                 "iterations": 10, "precision": "32-true"},
         "hp_hash": "0123abcd",
         "split": {"name": "LA-paper", "fold": 0, "folds": 1, "sha256": "ab" * 32, "labeled": [], "unlabeled": [],
                   "test": cases},
