@@ -34,7 +34,7 @@ TUBES = (2, 4)  # distractors of the vessels
 
 # Sizes, in half fields of view.
 CHAMBER_RADII = (0.4, 0.58)
-VESSEL_RADIUS = (0.16, 0.24)
+VESSEL_RADIUS = (0.2, 0.3)
 BLOB_RADII = (0.15, 0.4)
 TUBE_RADIUS = (0.08, 0.16)
 
@@ -265,6 +265,8 @@ DEMO = Protocol(
     patch=(32, 32, 16),
     stride=(16, 16, 8),
     iterations=1000,
+    learning_rate=0.03,
+    schedule="poly",
     labeled=(2, 4),
     width=8,
     precision="32-true",
