@@ -18,6 +18,7 @@ def catalog() -> str:
 
 
 def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 1 the loss was not finite, 2 bad input, 130 stopped and resumable."""
     if "--list" in argv:
         print(catalog())
         return 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl4mis.batch import Batch, Clock, Losses
 from ssl4mis.errors import UserError
-from ssl4mis.schedules import ema_decay
+from ssl4mis.schedules import ema_decay, sigmoid_ramp
 
 
 class Stage(NamedTuple):
@@ -108,18 +108,26 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(mine, theirs, [share] * len(mine))
 
 
-def input_noise(image: Tensor, scale: float, limit: float) -> Tensor:
-    """The image plus Gaussian noise of standard deviation `scale`, clipped to +-`limit`, in the image's units."""
-    return image + (torch.randn_like(image) * scale).clamp_(-limit, limit)
-
-
 class StudentTeacher(Method):
-    """A student that learns and a teacher that follows it; `hp` has `decay` and `evaluate`."""
+    """A student that learns and a teacher that follows it.
+
+    `hp` has weight, ramp, ramp_every, decay, noise, noise_limit and evaluate, as in `methods/mean_teacher.py`.
+    """
 
     def __init__(self, build, task: Task, hp):
         super().__init__(build, task, hp)
         self.student = build()
         self.teacher = Teacher(self.student, hp.decay)
+
+    def noisy(self, image: Tensor) -> Tensor:
+        """The image plus clipped Gaussian noise, in the image's units."""
+        limit = self.hp.noise_limit
+        return image + (torch.randn_like(image) * self.hp.noise).clamp_(-limit, limit)
+
+    def consistency_weight(self, clock: Clock) -> Tensor:
+        """The weight of the consistency term: ramps up over a share of the run, in steps of `ramp_every`."""
+        step = clock.step // self.hp.ramp_every * self.hp.ramp_every
+        return self.hp.weight * sigmoid_ramp(step, self.hp.ramp * clock.total)
 
     def after_step(self, clock: Clock) -> None:
         self.teacher.follow(self.student, clock.step)

@@ -7,8 +7,7 @@ from typing import Literal
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, at_least_one, input_noise
-from ssl4mis.schedules import sigmoid_ramp
+from ssl4mis.method import StudentTeacher, at_least_one
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ class MeanTeacher(StudentTeacher):
     Config = Config
 
     def forward(self, batch, clock):
-        hp, n = self.hp, len(batch.labeled.image)
+        n = len(batch.labeled.image)
         logits = self.student(batch.image).logits
-        target = self.teacher(input_noise(batch.unlabeled.image, hp.noise, hp.noise_limit)).logits
-        weight = hp.weight * sigmoid_ramp(clock.step // hp.ramp_every * hp.ramp_every, hp.ramp * clock.total)
-        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, hp.dice),
+        target = self.teacher(self.noisy(batch.unlabeled.image)).logits
+        weight = self.consistency_weight(clock)
+        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, self.hp.dice),
                        "consistency": weight * softmax_mse(logits[n:], target).mean()},
                       watch={"weight": weight})

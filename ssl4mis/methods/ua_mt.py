@@ -9,7 +9,7 @@ from typing import Literal
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import entropy, segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, at_least_one, input_noise
+from ssl4mis.method import StudentTeacher, at_least_one
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -59,13 +59,10 @@ class UAMT(StudentTeacher):
         threshold = (hp.threshold + (1 - hp.threshold) * sigmoid_ramp(clock.step, clock.total)) * math.log(classes)
         certain = (uncertainty < threshold).to(logits.dtype)
         distance = (certain * softmax_mse(logits[n:], target)).sum() / (classes * certain.sum() + 1e-16)
-        weight = hp.weight * sigmoid_ramp(clock.step // hp.ramp_every * hp.ramp_every, hp.ramp * clock.total)
+        weight = self.consistency_weight(clock)
         return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, hp.dice),
                        "consistency": weight * distance},
                       watch={"weight": weight, "threshold": threshold, "certain": certain.mean()})
-
-    def noisy(self, image):
-        return input_noise(image, self.hp.noise, self.hp.noise_limit)
 
     def uncertainty(self, image):
         """Entropy in nats of the mean of `passes` teacher predictions, (B, 1, *space)."""

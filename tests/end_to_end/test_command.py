@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import data_prep
 import networks
-from data_prep.volumes import write_case
 from ssl4mis import records, registry
 from ssl4mis.config import RunOptions, RunSpec
 
@@ -53,16 +51,6 @@ def trained(tmp_path_factory):
     """A results folder with a supervised and a UA-MT run, and what the two commands printed."""
     out = tmp_path_factory.mktemp("trained") / "results"
     return out, [train("supervised", out, *PHANTOM), train("ua_mt", out, *PHANTOM)]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A data folder with a small file for every case of LA."""
-    folder, split = tmp_path_factory.mktemp("data"), data_prep.load_split("LA-paper", 0)
-    for number, case in enumerate([*split.train, *split.test]):
-        image = np.random.default_rng(number).normal(size=(18, 17, 20))
-        write_case(folder / case / "mri_norm2.h5", image, image > 1)
-    return folder
 
 
 def test_the_record_of_a_run(trained):

@@ -8,28 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import data_prep
-from data_prep.volumes import write_case
 from ssl4mis import checkpoint, records
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 45
 RUN = ("--method", "ua_mt", "--dataset", "LA", "--labeled", "4", "--width", "2", "--iterations", str(ITERATIONS),
        "--patch", "[16,16,16]", "--stride", "[16,16,16]", "--device", "cpu")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A data folder with a small file for every case of LA."""
-    folder, split = tmp_path_factory.mktemp("data"), data_prep.load_split("LA-paper", 0)
-    for number, case in enumerate([*split.train, *split.test]):
-        image = np.random.default_rng(number).normal(size=(18, 17, 20))
-        write_case(folder / case / "mri_norm2.h5", image, image > 1)
-    return folder
 
 
 def start(data, out, save_every=6, log_every=1):
@@ -75,10 +62,10 @@ def logged(out) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def whole(prepared, tmp_path_factory):
     """The run without any interruption; it logs and saves at other iterations, which must not matter."""
     out = tmp_path_factory.mktemp("whole")
-    finish(start(data, out, save_every=20, log_every=4))
+    finish(start(prepared, out, save_every=20, log_every=4))
     return out
 
 
@@ -115,29 +102,29 @@ def walk(tree, prefix=""):
             yield from walk(value, f"{prefix}{name}.")
 
 
-def test_killed_and_then_a_checkpoint_is_cut(data, whole, tmp_path):
-    process = start(data, tmp_path)
+def test_killed_and_then_a_checkpoint_is_cut(prepared, whole, tmp_path):
+    process = start(prepared, tmp_path)
     stop(process, tmp_path, signal.SIGKILL, 14)
     finish(process, -signal.SIGKILL)
     assert not (tmp_path / "records").exists()
 
     saved = checkpoint.read(folder(tmp_path) / checkpoint.LATEST)["done"]
     assert saved >= 12
-    process = start(data, tmp_path)
+    process = start(prepared, tmp_path)
     stop(process, tmp_path, signal.SIGKILL, 27)
     assert f"resuming at iteration {saved} of 45" in finish(process, -signal.SIGKILL)
 
     latest = folder(tmp_path) / checkpoint.LATEST
     saved = checkpoint.read(folder(tmp_path) / checkpoint.PREVIOUS)["done"]
     latest.write_bytes(latest.read_bytes()[:latest.stat().st_size // 2])
-    said = finish(start(data, tmp_path))
+    said = finish(start(prepared, tmp_path))
     assert f"{latest}: damaged checkpoint" in said and "trying the generation before it" in said
     assert f"resuming at iteration {saved} of 45" in said
     assert_same_run(tmp_path, whole)
 
 
-def test_interrupted(data, whole, tmp_path):
-    process = start(data, tmp_path)
+def test_interrupted(prepared, whole, tmp_path):
+    process = start(prepared, tmp_path)
     stop(process, tmp_path, signal.SIGINT, 16)
     said = finish(process, 130)
     stopped = checkpoint.read(folder(tmp_path) / checkpoint.LATEST)["done"]
@@ -146,16 +133,16 @@ def test_interrupted(data, whole, tmp_path):
     assert "Traceback" not in said
     assert not (tmp_path / "records").exists()
 
-    assert f"resuming at iteration {stopped} of {ITERATIONS}" in finish(start(data, tmp_path))
+    assert f"resuming at iteration {stopped} of {ITERATIONS}" in finish(start(prepared, tmp_path))
     assert_same_run(tmp_path, whole)
 
 
-def test_only_damaged_checkpoints_are_one_line(data, whole, tmp_path):
+def test_only_damaged_checkpoints_are_one_line(prepared, whole, tmp_path):
     """Nothing is thrown away silently: the user decides whether to start over."""
     run = tmp_path / "runs" / folder(whole).name
     run.mkdir(parents=True)
     for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
         (run / name).write_bytes(b"SSL4MIS1 but nothing else")
-    said = finish(start(data, tmp_path), 2)
+    said = finish(start(prepared, tmp_path), 2)
     assert "Traceback" not in said and said.splitlines()[-1].startswith("run.py: error: ")
     assert "previous.ckpt: damaged checkpoint" in said.splitlines()[-1]
