@@ -2,25 +2,14 @@
 import sys
 
 import data_prep
-import networks
-from ssl4mis import config, registry
+from ssl4mis import config
 from ssl4mis.errors import UserError
-
-
-def catalog() -> str:
-    """Methods, networks, data sets and protocols, a line each."""
-    lines = ["methods", *(f"  {name:14} {registry.title(name)}" for name in registry.names())]
-    lines += ["networks", *(f"  {name}" for name in networks.NAMES), "data sets"]
-    for dataset in map(data_prep.dataset, data_prep.names()):
-        lines.append(f"  {dataset.name:14} {dataset.title}")
-        lines += [f"    {p.name:12} {p.about}" for p in dataset.protocols.values()]
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 done, 1 the loss was not finite, 2 bad input, 130 stopped and resumable."""
     if "--list" in argv:
-        print(catalog())
+        print(config.catalog())
         return 0
     specs, options = config.parse(argv)
     from ssl4mis.run import run  # torch is loaded here, after bad input has been turned away

@@ -188,6 +188,16 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     return parser
 
 
+def catalog() -> str:
+    """Methods, networks, data sets and protocols, a line each."""
+    lines = ["methods", *(f"  {name:14} {registry.title(name)}" for name in registry.names())]
+    lines += ["networks", *(f"  {name}" for name in networks.NAMES), "data sets"]
+    for dataset in map(data_prep.dataset, data_prep.names()):
+        lines.append(f"  {dataset.name:14} {dataset.title}")
+        lines += [f"    {p.name:12} {p.about}" for p in dataset.protocols.values()]
+    return "\n".join(lines)
+
+
 def find_protocol(dataset, name: str | None):
     """A protocol of a data set, the first one without a name; UserError naming the nearest one."""
     if name is None:
