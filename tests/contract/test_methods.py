@@ -22,9 +22,7 @@ from ssl4mis.trainer import TrainingStopped
 
 NAMES = registry.names()
 LONG_AGO = 10**7  # a step at which a teacher's decay has long reached its final value
-# bf16-mixed against float32: 5 % of the total and 25 % of each term. Eight bits through twenty layers, the lowest of
-# which normalizes over as few as two values here, moved small differences of predictions by up to 13 %.
-BF16_TOTAL, BF16_TERM = 0.05, 0.25
+BF16 = 0.05  # relative, of each term: eight bits of mantissa through some twenty layers
 
 
 @pytest.fixture(params=[(2, 2), (2, 4), (3, 2), (3, 4)], ids=lambda p: f"{p[0]}D-{p[1]}classes")
@@ -148,8 +146,7 @@ def half_precision_agrees(s, folder):
             torch.manual_seed(1)
             values[precision].append({k: v.detach().item() for k, v in trainer.model(batch, clock).terms.items()})
     for full, half in zip(*values.values(), strict=True):
-        assert half == pytest.approx(full, rel=BF16_TERM), "a term differs in bf16-mixed"
-        assert sum(half.values()) == pytest.approx(sum(full.values()), rel=BF16_TOTAL), "the total differs"
+        assert half == pytest.approx(full, rel=BF16), "a term differs in bf16-mixed"
 
 
 def config_is_documented(cls):
