@@ -81,6 +81,7 @@ PAPER = Protocol(
     iterations=6000,
     labeled=(4, 8, 16),
     precision="32-true",
+    published=True,
 )
 CV5 = replace(
     PAPER,
@@ -104,6 +105,7 @@ LITE = replace(
     width=8,
     precision="auto",
     downsample=2,
+    published=False,
 )
 
 SPEC = DatasetSpec(

@@ -23,7 +23,8 @@ class Protocol:
 
     `patch` and `stride` (of the sliding window) are in voxels after downsampling; `labeled` are the label counts in
     use, smallest first; `schedule` is "step" (x0.1 after every 2500/6000 of the run), "poly" or "constant"; `precision`
-    "auto" takes bfloat16 where the processor has it; `width` is the base width of the network.
+    "auto" takes bfloat16 where the processor has it; `width` is the base width of the network; `published` says that it
+    follows the publications, so that a method's own published number of iterations goes over `iterations`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Protocol:
     width: int = 16
     precision: str = "auto"
     downsample: int = 1
+    published: bool = False
 
 
 class Store(typing.Protocol):

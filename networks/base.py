@@ -2,12 +2,42 @@
 
 A method asks for `SegNet`s with the heads it needs and reads `Output`; it never sees which backbone is inside.
 """
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from networks.blocks import CONV
+
+
+class PatchError(ValueError):
+    """A patch that a backbone cannot take, in one line for the user."""
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """What a backbone is built for.
+
+    Attributes:
+        channels: of the image.
+        patch: voxels per axis; its length is the number of spatial dimensions.
+        width: channels at full resolution.
+        spacing: mm per axis; None where all axes are alike.
+        dropout: rates of channel dropout after the decoder levels, fine to coarse, in place of all dropout that the
+            network has of its own; () for no dropout, None for the network's own.
+    """
+
+    channels: int
+    patch: tuple[int, ...]
+    width: int = 16
+    spacing: tuple[float, ...] | None = None
+    dropout: tuple[float, ...] | None = None
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions, 2 or 3."""
+        return len(self.patch)
 
 
 class Features(NamedTuple):
@@ -35,13 +65,17 @@ class Backbone(nn.Module):
     Attributes:
         spatial_dims: 2 or 3.
         encoder_channels, decoder_channels: channels of `Features`, fine to coarse.
-        multiple: every side of an input must be divisible by it.
+        encoder_strides: per encoder level and axis, voxels of the input per voxel of the feature map.
+        multiple: per axis, what the sides of an input must be divisible by.
+        head_bias: whether the 1x1 convolutions on top have a bias.
     """
 
     spatial_dims: int
     encoder_channels: tuple[int, ...]
     decoder_channels: tuple[int, ...]
-    multiple: int = 1
+    encoder_strides: tuple[tuple[int, ...], ...]
+    multiple: tuple[int, ...]
+    head_bias: bool = True
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Image (B, C, *space) -> encoder features, fine to coarse."""
@@ -66,7 +100,7 @@ class Head(nn.Module):
         super().__init__()
         self.level = level
         self.mode = "trilinear" if backbone.spatial_dims == 3 else "bilinear"
-        self.conv = CONV[backbone.spatial_dims](backbone.decoder_channels[level], channels, 1)
+        self.conv = CONV[backbone.spatial_dims](backbone.decoder_channels[level], channels, 1, bias=backbone.head_bias)
 
     def forward(self, features: Features) -> Tensor:
         out = self.conv(features.decoder[self.level]).float()
@@ -88,13 +122,23 @@ class SegNet(nn.Module):
         self.heads = nn.ModuleDict({name: Head(backbone, *size) for name, size in sizes.items()})
 
     def forward(self, x: Tensor) -> Output:
-        wrong = [side for side in x.shape[2:] if side % self.backbone.multiple]
-        if wrong:
-            raise ValueError(f"patch {tuple(x.shape[2:])}: {type(self.backbone).__name__} needs sides that are "
-                             f"multiples of {self.backbone.multiple}")
-        skips = self.backbone.encode(x)
+        return self.decode(self.encode(x))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Image -> encoder features, fine to coarse; PatchError if the backbone cannot take its size."""
+        check_patch(self.backbone, x.shape[2:])
+        return self.backbone.encode(x)
+
+    def decode(self, skips: list[Tensor]) -> Output:
+        """Encoder features, perturbed or not, -> `Output`."""
         features = Features(skips, self.backbone.decode(skips))
         return Output({name: head(features) for name, head in self.heads.items()}, features)
+
+
+def check_patch(backbone: Backbone, patch) -> None:
+    """PatchError, one line, unless every side of the patch is a multiple of what the backbone halves."""
+    if any(side % multiple for side, multiple in zip(patch, backbone.multiple, strict=True)):
+        raise PatchError(f"patch {list(patch)}: {type(backbone).__name__} needs multiples of {list(backbone.multiple)}")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -26,3 +26,30 @@ def down(dims: int, inputs: int, outputs: int) -> nn.Sequential:
 def up(dims: int, inputs: int, outputs: int) -> nn.Sequential:
     """Transposed 2x2 convolution that doubles every side, batch norm, ReLU."""
     return nn.Sequential(UP[dims](inputs, outputs, 2, stride=2), BATCH_NORM[dims](outputs), nn.ReLU(inplace=True))
+
+
+def level_dropout(dims: int, rates: tuple[float, ...], levels: int) -> nn.ModuleList:
+    """Channel dropout for each of `levels` decoder levels, fine to coarse; levels without a rate have none."""
+    return nn.ModuleList(CHANNEL_DROPOUT[dims](rate) for rate in (*rates, *[0.0] * levels)[:levels])
+
+
+def strides(dims: int, levels: int) -> tuple[tuple[int, ...], ...]:
+    """Strides of an encoder that halves every side from level to level."""
+    return tuple((2**level,) * dims for level in range(levels))
+
+
+def kaiming(module: nn.Module) -> nn.Module:
+    """The module with He-normal weights in all its convolutions, as several authors begin."""
+    return _convolution_weights(module, nn.init.kaiming_normal_)
+
+
+def xavier(module: nn.Module) -> nn.Module:
+    """The module with Glorot-normal weights in all its convolutions, for a second network that starts elsewhere."""
+    return _convolution_weights(module, nn.init.xavier_normal_)
+
+
+def _convolution_weights(module: nn.Module, initialize) -> nn.Module:
+    for layer in module.modules():
+        if isinstance(layer, (*CONV.values(), *UP.values())):
+            initialize(layer.weight)
+    return module

@@ -5,30 +5,30 @@ Source: the network description of Yu et al., MICCAI 2019 (UA-MT), and its relea
 """
 from torch import Tensor, nn
 
-from networks.base import Backbone
-from networks.blocks import CHANNEL_DROPOUT, convolutions, down, up
+from networks.base import Backbone, NetSpec
+from networks.blocks import CHANNEL_DROPOUT, convolutions, down, level_dropout, strides, up
 
 DEPTHS = (1, 2, 3, 3, 3)  # convolutions per encoder stage; the decoder mirrors them without the bottom
+DROPOUT = 0.5  # at the bottom and before the head
 
 
 class Decoder(nn.Module):
-    """Four times: up, add the skip, convolutions; channel dropout at the end."""
+    """Four times: up, add the skip, convolutions, channel dropout at the rates given, fine to coarse."""
 
-    def __init__(self, dims: int, channels: tuple[int, ...], dropout: float):
+    def __init__(self, dims: int, channels: tuple[int, ...], dropout: tuple[float, ...]):
         super().__init__()
         levels = range(len(channels) - 1, 0, -1)
         self.stages = nn.ModuleList()
         for level in levels:
             self.stages.append(up(dims, channels[level], channels[level - 1]))
             self.stages.append(convolutions(dims, DEPTHS[level - 1], channels[level - 1], channels[level - 1]))
-        self.dropout = CHANNEL_DROPOUT[dims](dropout)
+        self.dropout = level_dropout(dims, dropout, len(levels))
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         x, maps = skips[-1], []
-        for index, skip in enumerate(reversed(skips[:-1])):
-            x = self.stages[2 * index + 1](self.stages[2 * index](x) + skip)
+        for index, (skip, dropout) in enumerate(zip(reversed(skips[:-1]), reversed(self.dropout), strict=True)):
+            x = dropout(self.stages[2 * index + 1](self.stages[2 * index](x) + skip))
             maps.append(x)
-        maps[-1] = self.dropout(x)
         return maps[::-1]
 
 
@@ -39,21 +39,22 @@ class VNet(Backbone):
     UA-MT's Monte-Carlo passes live on it.
     """
 
-    multiple = 16
-
-    def __init__(self, channels: int = 1, spatial_dims: int = 3, width: int = 16, dropout: float = 0.5):
+    def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims = spatial_dims
-        self.encoder_channels = tuple(width * 2**level for level in range(len(DEPTHS)))
+        self.spatial_dims, levels = spec.dims, len(DEPTHS)
+        self.encoder_channels = tuple(spec.width * 2**level for level in range(levels))
         self.decoder_channels = self.encoder_channels[:-1]
+        self.encoder_strides = strides(spec.dims, levels)
+        self.multiple = self.encoder_strides[-1]
         self.stages = nn.ModuleList()
         for level, depth in enumerate(DEPTHS):
             outputs = self.encoder_channels[level]
             if level:
-                self.stages.append(down(spatial_dims, self.encoder_channels[level - 1], outputs))
-            self.stages.append(convolutions(spatial_dims, depth, outputs if level else channels, outputs))
-        self.drop_rate = dropout
-        self.dropout = CHANNEL_DROPOUT[spatial_dims](dropout)
+                self.stages.append(down(spec.dims, self.encoder_channels[level - 1], outputs))
+            self.stages.append(convolutions(spec.dims, depth, outputs if level else spec.channels, outputs))
+        own = spec.dropout is None
+        self.drop_rates = (DROPOUT,) if own else spec.dropout
+        self.dropout = CHANNEL_DROPOUT[spec.dims](DROPOUT if own else 0.0)
         self.decoder = self.new_decoder()
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -64,9 +65,9 @@ class VNet(Backbone):
         return skips
 
     def new_decoder(self) -> Decoder:
-        return Decoder(self.spatial_dims, self.encoder_channels, self.drop_rate)
+        return Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates)
 
 
-def backbone(channels: int, spatial_dims: int, width: int) -> VNet:
+def backbone(spec: NetSpec) -> VNet:
     """The factory that `networks.backbone` calls."""
-    return VNet(channels, spatial_dims, width)
+    return VNet(spec)

@@ -14,22 +14,33 @@ class Clock(NamedTuple):
 
 
 class Half(NamedTuple):
-    """The labeled or the unlabeled half of a batch: image (B, C, *space) float32, label (B, *space) uint8 or None."""
+    """The labeled or the unlabeled half of a batch.
+
+    Attributes:
+        image: (B, C, *space) float32. label: (B, *space) uint8, or None.
+        cases: ids of the samples' cases.
+        strong: where the method needs them, the same crops with random intensities, each like `image`.
+        valid: with strong views, (B, *space) bool, False where a crop reaches beyond its volume.
+    """
 
     image: Tensor
     label: Tensor | None
     cases: tuple[str, ...]
+    strong: tuple[Tensor, ...] = ()
+    valid: Tensor | None = None
 
 
 class Batch(NamedTuple):
     """One step's data: `image` holds the labeled samples, then the unlabeled ones; the halves are views of it.
 
-    The unlabeled half carries no label at all.
+    The unlabeled half carries no label at all. `partner`, where the method needs it, is another draw of unlabeled
+    samples, as many as `unlabeled` has, to mix with.
     """
 
     image: Tensor
     labeled: Half
     unlabeled: Half
+    partner: Half | None = None
 
 
 class Losses(NamedTuple):

@@ -177,15 +177,27 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
         for name in shared - {"labeled"}:
             value = getattr(protocol, name)
             defaults[name] = list(value) if isinstance(value, tuple) else value
-        parser.set_defaults(defaults)
         if "method" in named:
             method = registry.method_class(named["method"])
             parser.add_class_arguments(method.Config, "hp")
-            if not method.needs.unlabeled:
-                parser.set_defaults({"unlabeled_batch": 0})
+            defaults |= method_defaults(method, spec.name, protocol)
+        parser.set_defaults(defaults)
     except (UserError, data_prep.DataError) as error:
         parser.error(error)
     return parser
+
+
+def method_defaults(method: type, dataset: str, protocol) -> dict:
+    """What a method's preset for a data set changes, by option: hyper-parameters, run settings, published length."""
+    from ssl4mis.method import Preset
+
+    preset = method.presets.get(dataset, Preset())
+    defaults = {f"hp.{name}": value for name, value in preset.hp.items()} | preset.run
+    if preset.iterations and protocol.published:
+        defaults["iterations"] = preset.iterations
+    if not method.needs.unlabeled:
+        defaults["unlabeled_batch"] = 0
+    return defaults
 
 
 def catalog() -> str:
@@ -234,10 +246,8 @@ def resolve(spec: RunSpec) -> list[RunSpec]:
     for fold in folds:
         split = data_prep.load_split(protocol.split, fold)
         count = case_count(spec.labeled, len(split.train))
-        if spec.unlabeled_batch and not split.unlabeled(count):
-            raise UserError(f"labeled {count}: method {known.method} needs unlabeled cases, but the split has only "
-                             f"{len(split.train)} training cases; expected fewer labeled ones")
-        runs.append(dataclasses.replace(known, fold=fold, labeled=count))
+        unlabeled = spec.unlabeled_batch if split.unlabeled(count) else 0
+        runs.append(dataclasses.replace(known, fold=fold, labeled=count, unlabeled_batch=unlabeled))
     return runs
 
 
@@ -260,9 +270,12 @@ def check_values(spec: RunSpec, dims: int) -> None:
         at_least(1, name, getattr(spec, name))
     for name in ("seed", "unlabeled_batch", "learning_rate", "momentum", "weight_decay", "clip"):
         at_least(0, name, getattr(spec, name))
-    if bool(spec.unlabeled_batch) != method.needs.unlabeled:
-        wanted = "at least 1, since it learns from unlabeled cases" if method.needs.unlabeled else "0"
-        raise UserError(f"unlabeled_batch {spec.unlabeled_batch}: method {spec.method} expects {wanted}")
+    if spec.unlabeled_batch and not method.needs.unlabeled:
+        raise UserError(f"unlabeled_batch {spec.unlabeled_batch}: method {spec.method} expects 0")
+    for name in ("labeled_batch", "unlabeled_batch"):
+        if getattr(spec, name) % method.needs.multiple:
+            raise UserError(f"{name} {getattr(spec, name)}: method {spec.method} expects a multiple of "
+                            f"{method.needs.multiple}")
     try:
         method.Config(**spec.hp)
     except TypeError as error:

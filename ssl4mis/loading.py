@@ -9,8 +9,10 @@ import torch
 
 from ssl4mis import augment
 from ssl4mis.batch import Batch, Half
+from ssl4mis.method import Needs
 
 LABELED, UNLABELED, VIEW, NOISE = range(4)  # streams of randomness that never share a seed
+NOTHING = Needs()
 
 
 def stream(*key: int) -> np.random.Generator:
@@ -38,12 +40,14 @@ class Loader:
         patch: voxels per axis; batch: how many labeled and unlabeled samples.
         seed: of the run; augmentation: names in `augment.NAMES`.
         device: where batches are made; dtype: how images are kept (float32 or float16).
+        needs: what the method asks for.
     """
 
-    def __init__(self, store, labeled, unlabeled, patch, batch, seed, augmentation, device, dtype=torch.float32):
+    def __init__(self, store, labeled, unlabeled, patch, batch, seed, augmentation, device, dtype=torch.float32,
+                 needs=NOTHING):
         self.cases = (tuple(labeled), tuple(unlabeled) if batch[1] else ())
         self.patch, self.sizes, self.seed, self.augmentation = tuple(patch), tuple(batch), seed, tuple(augmentation)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.needs = torch.device(device), dtype, needs
         everything = [torch.from_numpy(store.image(case)).to(dtype) for half in self.cases for case in half]
         self.home = self._home(sum(image.nbytes for image in everything))
         self.images = [image.to(self.home) for image in everything]

@@ -12,22 +12,52 @@ from torch import Tensor, nn
 
 from ssl4mis.batch import Batch, Clock, Losses
 from ssl4mis.errors import UserError
-from ssl4mis.schedules import ema_decay, sigmoid_ramp
+from ssl4mis.schedules import DROP, ema_decay, sigmoid_ramp
 
 
 class Stage(NamedTuple):
-    """A part of a run: `share` of its steps, one optimizer per phase; the clock restarts in each stage."""
+    """A part of a run: `share` of its steps, one optimizer per phase; the clock restarts in each stage.
+
+    `schedule` goes over the run's learning-rate schedule; `drop` is, for the schedule "step", after what share of the
+    stage the rate is divided by ten, again and again.
+    """
 
     name: str = "train"
     share: float = 1.0
     phases: tuple[str, ...] = ("segment",)
+    schedule: str | None = None
+    drop: float = DROP
+
+
+class Preset(NamedTuple):
+    """What a method's authors did otherwise on one data set.
+
+    Attributes:
+        hp: hyper-parameters.
+        run: fields of `RunSpec`, such as batch sizes and augmentation, for every protocol of the data set.
+        iterations: length of the published runs, for protocols that follow the publications.
+    """
+
+    hp: dict = {}
+    run: dict = {}
+    iterations: int | None = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of the loader."""
+    """What a method asks of the loader.
+
+    Attributes:
+        unlabeled: unlabeled samples; a method that needs none is a supervised one.
+        multiple: both batch sizes must be multiples of it.
+        strong: how many strongly augmented views of every unlabeled sample.
+        partner: another draw of unlabeled samples to mix with.
+    """
 
     unlabeled: bool = True
+    multiple: int = 1
+    strong: int = 0
+    partner: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,13 +75,15 @@ class Method(nn.Module):
     Attributes:
         Config: frozen dataclass of the hyper-parameters, in the method's own file; the defaults are the LA recipe.
         needs: what the loader must provide.
+        presets: by data set, what goes over protocol and defaults there.
     """
 
     Config: ClassVar[type]
     needs: ClassVar[Needs] = Needs()
+    presets: ClassVar[dict[str, Preset]] = {}
 
     def __init__(self, build, task: Task, hp):
-        """`build(heads=None)` makes a `SegNet` on the chosen backbone; by default with one head, `seg`."""
+        """`build` is a `networks.Build`; UserError where the chosen backbone makes no sense for the method."""
         super().__init__()
         self.task, self.hp = task, hp
 
@@ -63,7 +95,10 @@ class Method(nn.Module):
         """Called once at the start of each stage, never on resume."""
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        """The losses of one step in the phase that `clock` names."""
+        """The losses of one step in the phase that `clock` names.
+
+        Where no unlabeled cases are left the unlabeled half is empty, and only supervised terms are due.
+        """
         raise TypeError(f"{type(self).__name__} does not say what its losses are")
 
     def after_step(self, clock: Clock) -> None:
@@ -90,11 +125,16 @@ class Teacher(nn.Module):
 
     In training it stays in train mode, dropout active, and keeps its own batch-norm statistics, as in UA-MT and
     SSL4MIS: only parameters are averaged.
+
+    Args:
+        student: what it starts as.
+        decay: of the average.
+        warm_up: whether the decay is smaller in the first steps; the first one then copies the student.
     """
 
-    def __init__(self, student: nn.Module, decay: float):
+    def __init__(self, student: nn.Module, decay: float, warm_up: bool = True):
         super().__init__()
-        self.net, self.decay = copy.deepcopy(student).requires_grad_(False), decay
+        self.net, self.decay, self.warm_up = copy.deepcopy(student).requires_grad_(False), decay, warm_up
 
     @torch.no_grad()
     def forward(self, image: Tensor):
@@ -102,10 +142,16 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: nn.Module, step: Tensor) -> None:
-        """Move by 1 - min(1 - 1/(step+1), decay) towards the student; step counts from 0."""
+        """Move by 1 - decay towards the student; warming up, decay is 1 - 1/(step+1) if that is less, step from 0."""
         mine, theirs = list(self.net.parameters()), list(student.parameters())
-        share = (1 - ema_decay(step, self.decay)).to(mine[0].device, mine[0].dtype)
+        decay = ema_decay(step, self.decay) if self.warm_up else torch.tensor(self.decay, dtype=torch.float64)
+        share = (1 - decay).to(mine[0].device, mine[0].dtype)
         torch._foreach_lerp_(mine, theirs, [share] * len(mine))
+
+    @torch.no_grad()
+    def copy(self, student: nn.Module) -> None:
+        """Become the student, batch-norm statistics included."""
+        self.net.load_state_dict(student.state_dict())
 
 
 class StudentTeacher(Method):

@@ -11,7 +11,7 @@ import torch
 
 import data_prep
 import networks
-from networks.base import SegNet
+from networks.base import NetSpec, PatchError
 from ssl4mis import __version__, checkpoint, memory, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
@@ -46,14 +46,17 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
 
     code = code_version()
     torch.manual_seed(spec.seed)
-    method = build_method(spec, Task(len(dataset.classes), dataset.spatial_dims, dataset.channels))
+    spacing = tuple(mm * protocol.downsample for mm in dataset.spacing)
+    method = build_method(spec, Task(len(dataset.classes), dataset.spatial_dims, dataset.channels), spacing)
     folder = options.out / "runs" / spec.id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
     say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {len(split.train)} training cases")
+    if method.needs.unlabeled and not spec.unlabeled_batch:
+        say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
     loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,
                     (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
-                    getattr(torch, spec.storage))
+                    getattr(torch, spec.storage), method.needs)
     trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every)
     trained = trainer.fit()
 
@@ -89,17 +92,14 @@ def describe(spec: RunSpec, dataset, split, device: torch.device) -> dict:
     }
 
 
-def build_method(spec: RunSpec, task: Task) -> Method:
-    """The method of a run with fresh weights; UserError if patch and network do not fit."""
+def build_method(spec: RunSpec, task: Task, spacing: tuple[float, ...]) -> Method:
+    """The method of a run with fresh weights; UserError if patch, network and method do not fit together."""
     cls = registry.method_class(spec.method)
-
-    def build(heads=None):
-        backbone = networks.backbone(spec.network, task.channels, task.spatial_dims, spec.width)
-        if any(side % backbone.multiple for side in spec.patch):
-            raise UserError(f"patch {spec.patch}: network {spec.network} needs multiples of {backbone.multiple}")
-        return SegNet(backbone, heads or {"seg": task.classes})
-
-    return cls(build, task, cls.Config(**spec.hp))
+    build = networks.Build(spec.network, task.classes, NetSpec(task.channels, tuple(spec.patch), spec.width, spacing))
+    try:
+        return cls(build, task, cls.Config(**spec.hp))
+    except PatchError as error:
+        raise UserError(str(error)) from None
 
 
 def cheaper(dataset, spec: RunSpec) -> str:

@@ -98,7 +98,8 @@ class Trainer:
     def _train_step(self, clock: Clock, stage):
         torch.manual_seed(noise_seed(self.spec.seed, self.stage, self.step))
         batch = self.loader.batch(self.stage, self.step)
-        rate = learning_rate(self.spec.schedule, self.spec.learning_rate, self.step, clock.total)
+        schedule = stage.schedule or self.spec.schedule
+        rate = learning_rate(schedule, self.spec.learning_rate, self.step, clock.total, stage.drop)
         seen, watched = {}, {}
         for phase in stage.phases:
             optimizer = self.optimizers[phase]

@@ -1,6 +1,13 @@
 """Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), as segmentation uses it (SSL4MIS).
 
-The student must agree with a moving average of itself on unlabeled images under small noise.
+The student must agree with a moving average of itself on unlabeled images under small noise. The average changes slowly,
+so that its predictions are steadier targets than the student's own.
+
+Paper: Mean teachers are better role models, arXiv 1703.01780.
+Code: HiLab-git/SSL4MIS, train_mean_teacher_3D.py.
+Differs from the code:
+- the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
+- no gate on the consistency term in the first 1,000 steps, which only the 2D script has.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -44,8 +51,10 @@ class MeanTeacher(StudentTeacher):
     def forward(self, batch, clock):
         n = len(batch.labeled.image)
         logits = self.student(batch.image).logits
+        supervised = segmentation(logits[:n], batch.labeled.label, self.hp.dice)
+        if not len(batch.unlabeled.image):
+            return Losses({"supervised": supervised})
         target = self.teacher(self.noisy(batch.unlabeled.image)).logits
         weight = self.consistency_weight(clock)
-        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, self.hp.dice),
-                       "consistency": weight * softmax_mse(logits[n:], target).mean()},
+        return Losses({"supervised": supervised, "consistency": weight * softmax_mse(logits[n:], target).mean()},
                       watch={"weight": weight})

@@ -1,6 +1,11 @@
-"""Supervised: the same network, augmentation and steps, labeled data only. The bound that every method must beat.
+"""Supervised: the same network, augmentation and steps, labeled data only.
 
-Its batches are the labeled half of the semi-supervised runs'; `--labeled_batch 4` matches their whole batch instead.
+It is the bound that every method must beat. Its batches are the labeled half of the semi-supervised runs';
+`--labeled_batch 4` matches their whole batch instead.
+
+Code: yulequan/UA-MT and HiLab-git/SSL4MIS, which differ in the batch.
+Differs from the code:
+- as many labeled samples a step as the semi-supervised runs have, where UA-MT's script takes four.
 """
 from dataclasses import dataclass
 from typing import Literal

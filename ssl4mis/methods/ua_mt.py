@@ -1,7 +1,13 @@
 """UA-MT: uncertainty-aware Mean Teacher (Yu et al., MICCAI 2019).
 
-Mean Teacher where the teacher is certain: voxels count whose entropy over several noisy passes lies under a threshold
-that loosens along the run.
+Mean Teacher where the teacher is certain: voxels count whose entropy over several noisy passes lies under a threshold.
+The threshold loosens along the run.
+
+Paper: Uncertainty-aware Self-ensembling Model for Semi-supervised 3D Left Atrium Segmentation, arXiv 1907.07034.
+Code: yulequan/UA-MT, train_LA_meanteacher_certainty_unlabel.py.
+Differs from the code:
+- the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
+- with more than two classes the threshold and the mean count the classes (`compat` legacy keeps ln 2 and 2).
 """
 import math
 from dataclasses import dataclass
@@ -53,6 +59,9 @@ class UAMT(StudentTeacher):
     def forward(self, batch, clock):
         hp, n, unlabeled = self.hp, len(batch.labeled.image), batch.unlabeled.image
         logits = self.student(batch.image).logits
+        supervised = segmentation(logits[:n], batch.labeled.label, hp.dice)
+        if not len(unlabeled):
+            return Losses({"supervised": supervised})
         target = self.teacher(self.noisy(unlabeled)).logits
         uncertainty = self.uncertainty(unlabeled)
         classes = 2 if hp.compat == "legacy" else self.task.classes
@@ -60,8 +69,7 @@ class UAMT(StudentTeacher):
         certain = (uncertainty < threshold).to(logits.dtype)
         distance = (certain * softmax_mse(logits[n:], target)).sum() / (classes * certain.sum() + 1e-16)
         weight = self.consistency_weight(clock)
-        return Losses({"supervised": segmentation(logits[:n], batch.labeled.label, hp.dice),
-                       "consistency": weight * distance},
+        return Losses({"supervised": supervised, "consistency": weight * distance},
                       watch={"weight": weight, "threshold": threshold, "certain": certain.mean()})
 
     def uncertainty(self, image):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import networks
-from networks.base import SegNet, channels_last
+from networks.base import NetSpec, channels_last
 from ssl4mis.batch import Batch, Clock
 from ssl4mis.config import RunSpec
 from ssl4mis.loading import Loader
@@ -17,6 +17,7 @@ from ssl4mis.trainer import Trainer
 
 LABELED, UNLABELED, TEST = ("a", "b", "c"), ("d", "e", "f"), ("t",)
 SIDE, PATCH, TOTAL = 20, 16, 1000
+PATCHES = {"swin_unetr": 32}  # networks that cannot take the common patch
 
 
 class Leak(AssertionError):
@@ -57,30 +58,33 @@ class Setting:
     dims: int
     classes: int
     hp: dict = dataclasses.field(default_factory=dict)
+    network: str = "vnet"
 
     @property
     def task(self):
         return Task(self.classes, self.dims, 1)
 
-    def build(self, heads=None):
-        backbone = networks.backbone("vnet", 1, self.dims, 2)
-        return SegNet(backbone, heads or {"seg": self.classes})
+    @property
+    def patch(self):
+        return (PATCHES.get(self.network, PATCH),) * self.dims
 
     def method(self, seed=0):
         torch.manual_seed(seed)
-        method = self.cls(self.build, self.task, self.cls.Config(**self.hp))
+        build = networks.Build(self.network, self.classes, NetSpec(1, self.patch, width=2))
+        method = self.cls(build, self.task, self.cls.Config(**self.hp))
         return method.to(memory_format=channels_last(self.dims)).train()
 
     def spec(self, **changes):
         unlabeled = 2 if self.cls.needs.unlabeled else 0
-        return RunSpec(**{"method": "contract", "width": 2, "patch": [PATCH] * self.dims, "iterations": 6,
+        return RunSpec(**{"method": "contract", "width": 2, "patch": list(self.patch), "iterations": 6,
                           "labeled_batch": 2, "unlabeled_batch": unlabeled, "augmentation": ["rotflip"],
                           "precision": "32-true"} | changes)
 
     def loader(self, store=None):
         spec = self.spec()
         return Loader(store or FakeStore(self.dims, self.classes), LABELED, UNLABELED, spec.patch,
-                      (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, "cpu")
+                      (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, "cpu",
+                      needs=self.cls.needs)
 
     def trainer(self, folder, loader=None, seed=0, **changes):
         folder.mkdir(parents=True, exist_ok=True)

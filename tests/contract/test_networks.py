@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import networks
-from networks.base import SegNet, channels_last, parameter_count
+from networks.base import NetSpec, PatchError, SegNet, channels_last, parameter_count
 
 WIDTH, CHANNELS, CLASSES = 2, 2, 3
+SIDE = 32
 
 
 @pytest.fixture(params=itertools.product(networks.NAMES, (2, 3)), ids=lambda p: f"{p[0]}-{p[1]}D")
@@ -20,14 +21,16 @@ def kind(request):
 def make(kind, **heads):
     torch.manual_seed(0)
     name, dims = kind
-    return SegNet(networks.backbone(name, CHANNELS, dims, WIDTH), heads or {"seg": CLASSES})
+    return networks.Build(name, CLASSES, NetSpec(CHANNELS, patch(dims), WIDTH))(heads)
+
+
+def patch(dims):
+    return (2 * SIDE, SIDE, SIDE)[:dims]  # not a cube, so that swapped axes show
 
 
 def image(net, batch=2):
     dims = net.backbone.spatial_dims
-    side = max(16, net.backbone.multiple)
-    sides = (2 * side, side, side)[:dims]  # not a cube, so that swapped axes show
-    x = torch.randn(batch, CHANNELS, *sides, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch, CHANNELS, *patch(dims), generator=torch.Generator().manual_seed(0))
     return x.to(memory_format=channels_last(dims))
 
 
@@ -48,6 +51,8 @@ def test_shapes(kind):
         assert [m.shape[1] for m in maps] == list(channels)
         sizes = [m.shape[2:].numel() for m in maps]
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes), "not fine to coarse"
+    for features, strides in zip(out.features.encoder, net.backbone.encoder_strides, strict=True):
+        assert tuple(features.shape[2:]) == tuple(side // s for side, s in zip(space, strides, strict=True))
     assert net.backbone.spatial_dims == kind[1] == len(space)
 
 
@@ -84,12 +89,31 @@ def test_heads_come_out_at_input_size_in_float32(kind):
 def test_a_patch_that_does_not_fit_is_refused_in_one_line(kind):
     net = make(kind)
     multiple = net.backbone.multiple
-    if multiple == 1:
-        pytest.skip("any size fits")
-    with pytest.raises(ValueError) as error:
-        net(torch.zeros(1, CHANNELS, *[multiple] * (kind[1] - 1), multiple + 1))
+    assert len(multiple) == kind[1] and all(m >= 2 for m in multiple)
+    with pytest.raises(PatchError) as error:
+        net(torch.zeros(1, CHANNELS, *multiple[:-1], multiple[-1] + 1))
     message = str(error.value)
-    assert str(multiple) in message and str(multiple + 1) in message and "\n" not in message
+    assert str(list(multiple)) in message and str(multiple[-1] + 1) in message and "\n" not in message
+
+
+def test_dropout_is_the_callers_choice(kind):
+    """None is the network's own, () is none, rates are channel dropout after the decoder levels and nothing else."""
+    name, dims = kind
+    build = networks.Build(name, CLASSES, NetSpec(CHANNELS, patch(dims), WIDTH))
+
+    def rates(dropout):
+        found = [m for m in build(dropout=dropout).modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
+        assert all(isinstance(m, nn.Dropout2d | nn.Dropout3d) for m in found) or dropout is None
+        return sorted(m.p for m in found)
+
+    levels = len(build().backbone.decoder_channels)
+    assert rates(()) == []
+    assert rates((0.1, 0.2, 0.3, 0.5)) == [0.1, 0.2, 0.3, 0.5][:levels]
+    torch.manual_seed(0)
+    net = build(dropout=(0.5,)).train()
+    with torch.no_grad():
+        maps = [net(image(net)).features.decoder for _ in range(8)]
+    assert any((m[0].flatten(2) == 0).all(-1).any() for m in maps), "no channel of the finest level is ever dropped"
 
 
 def test_eval_is_deterministic_and_dropout_is_not(kind):
@@ -114,13 +138,13 @@ def test_2d_and_3d_are_one_structure(name):
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="nonet.*vnet"):
-        networks.backbone("nonet", 1, 3, 2)
+        networks.backbone("nonet", NetSpec(1, (16,) * 3, 2))
 
 
 def test_vnet_is_the_published_one():
     """9,448,866 parameters: UA-MT's network with 2 classes."""
     with torch.device("meta"):
-        assert parameter_count(SegNet(networks.backbone("vnet", 1, 3, 16), {"seg": 2})) == 9_448_866
+        assert parameter_count(networks.Build("vnet", 2, NetSpec(1, (112, 112, 80)))()) == 9_448_866
 
 
 def test_coarse_heads_are_linear_upsampling():

@@ -12,30 +12,36 @@ from ssl4mis.batch import Batch, Clock, Half
 
 
 class Replay(nn.Module):
-    """A network that answers its calls with stored logits, in order; a wrong batch or shape is an error."""
+    """A network that answers its calls with stored maps, in order; a wrong batch or shape is an error.
 
-    def __init__(self, *logits: Tensor):
+    `waiting` holds logits, or dictionaries of the maps of several heads. What it saw is in `seen`.
+    """
+
+    def __init__(self, heads=None, network=None, dropout=None):
         super().__init__()
-        self.waiting = list(logits)
+        self.waiting, self.seen = [], []
 
     def forward(self, image: Tensor) -> Output:
-        logits = self.waiting.pop(0)
-        assert len(image) == len(logits) and image.shape[2:] == logits.shape[2:]
-        return Output({"seg": logits}, None)
+        heads = self.waiting.pop(0)
+        heads = heads if isinstance(heads, dict) else {"seg": heads}
+        self.seen.append(image)
+        for map in heads.values():
+            assert len(image) == len(map) and image.shape[2:] == map.shape[2:]
+        return Output(heads, None)
 
 
 @pytest.fixture
 def replay():
-    """The class of networks that answer with stored logits."""
+    """The class of networks that answer with stored maps; a method takes it in place of `networks.Build`."""
     return Replay
 
 
 @pytest.fixture
 def stored_step():
-    """stored_step(data, total) -> (student logits that take a gradient, batch, clock) of a reference file."""
+    """stored_step(data, total, name) -> (logits that take a gradient, batch, clock) of a reference file."""
 
-    def make(data: dict[str, np.ndarray], total: int) -> tuple[Tensor, Batch, Clock]:
-        logits = torch.tensor(data["student_logits"], requires_grad=True)
+    def make(data: dict[str, np.ndarray], total: int, name: str = "student_logits") -> tuple[Tensor, Batch, Clock]:
+        logits = torch.tensor(data[name], requires_grad=True)
         n, image = int(data["labeled_bs"]), torch.zeros(len(logits), 1, *logits.shape[2:])
         label = torch.tensor(data["labels"][:n]).to(torch.uint8)
         labeled = Half(image[:n], label, tuple(f"l{i}" for i in range(n)))

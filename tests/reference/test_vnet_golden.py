@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from networks import backbone
-from networks.base import SegNet, channels_last, parameter_count
+from networks.base import NetSpec, SegNet, channels_last, parameter_count
 
 COUNTS = {  # heads of the networks whose parameter counts the suite shares
     "UA-MT VNet(1,2,16,batchnorm)": {"seg": 2},
@@ -30,7 +30,8 @@ def stored(request, golden):
     data = golden("net_vnet")
     images = torch.tensor(data["images"])
     dims = images.ndim - 2
-    net = SegNet(backbone("vnet", images.shape[1], dims, int(data["n_filters"])), {"seg": int(data["n_classes"])})
+    spec = NetSpec(images.shape[1], tuple(images.shape[2:]), int(data["n_filters"]))
+    net = SegNet(backbone("vnet", spec), {"seg": int(data["n_classes"])})
     names = zip(net.state_dict(), data["state_dict_names"], strict=True)  # theirs are in the same order
     net.load_state_dict({mine: torch.tensor(data[f"param/{theirs}"]) for mine, theirs in names})
     if request.param == "channels_last":
@@ -80,7 +81,7 @@ def test_parameter_count(golden, name):
     data = golden("net_param_counts")
     counts = dict(zip(data["names"].tolist(), data["param_counts"].tolist(), strict=True))
     with torch.device("meta"):
-        net = SegNet(backbone("vnet", 1, 3, 16), COUNTS[name])
+        net = SegNet(backbone("vnet", NetSpec(1, (112, 112, 80))), COUNTS[name])
     assert parameter_count(net) == counts[name] == 9_448_866
 
 
