@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from importlib import import_module
 
-NAMES = ("vnet",)
+NAMES = ("vnet", "unet", "nnunet", "resvnet", "attention_unet", "segresnet", "swin_unetr", "unetr")
 
 
 def backbone(name, spec):
