@@ -7,8 +7,12 @@ from data_prep.spec import DataError, DatasetSpec, Protocol, Split, Store, load_
 
 __all__ = ["DataError", "DatasetSpec", "Protocol", "Split", "Store", "dataset", "load_split", "names"]
 
-# A data set is a module with a SPEC; adding one takes its file and a line here.
-_MODULES = {"LA": "la", "phantom": "phantom"}
+# A data set is in SPECS of a module; adding one takes its file and a line here.
+_MODULES = {
+    "LA": "la",
+    "phantom": "phantom",
+    **dict.fromkeys(("phantom-2d2c", "phantom-2d4c", "phantom-3d2c", "phantom-3d4c"), "phantom"),
+}
 
 
 def names() -> list[str]:
@@ -18,9 +22,9 @@ def names() -> list[str]:
 
 def dataset(name: str) -> DatasetSpec:
     """The data set of that name, in any case. Raises DataError naming the nearest one."""
-    lower = {known.lower(): module for known, module in _MODULES.items()}
+    lower = {known.lower(): known for known in _MODULES}
     if name.lower() not in lower:
-        nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)[0]
-        meant = next(known for known in _MODULES if known.lower() == nearest)
+        meant = lower[difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)[0]]
         raise DataError(f"data set {name!r} is unknown, did you mean {meant!r}? (known: {', '.join(_MODULES)})")
-    return importlib.import_module(f"data_prep.{lower[name.lower()]}").SPEC
+    known = lower[name.lower()]
+    return importlib.import_module(f"data_prep.{_MODULES[known]}").SPECS[known]

@@ -120,3 +120,5 @@ SPEC = DatasetSpec(
     open=_open,
     protocols={protocol.name: protocol for protocol in (PAPER, CV5, MCF5, LITE)},
 )
+
+SPECS = {SPEC.name: SPEC}

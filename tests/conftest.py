@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--method", action="append", default=[],
+                     help="run tests/contract on this method only, a name or package.module:Class (repeatable)")
+
+
 @pytest.fixture
 def golden():
     """golden(name) -> the arrays of one reference file by key; the test is skipped where the file is absent."""

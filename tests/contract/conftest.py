@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import networks
-from networks.base import NetSpec, channels_last
+from networks.base import Head, NetSpec, channels_last
+from ssl4mis import registry
 from ssl4mis.batch import Batch, Clock
 from ssl4mis.config import RunSpec
 from ssl4mis.loading import Loader
@@ -59,6 +60,7 @@ class Setting:
     classes: int
     hp: dict = dataclasses.field(default_factory=dict)
     network: str = "vnet"
+    unlabeled: bool = True
 
     @property
     def task(self):
@@ -68,14 +70,17 @@ class Setting:
     def patch(self):
         return (PATCHES.get(self.network, PATCH),) * self.dims
 
-    def method(self, seed=0):
+    def method(self, seed=0, confident=False, width=2):
+        """A new method in train mode; `confident` makes its networks sure of what they say, as training would."""
         torch.manual_seed(seed)
-        build = networks.Build(self.network, self.classes, NetSpec(1, self.patch, width=2))
+        build = networks.Build(self.network, self.classes, NetSpec(1, self.patch, width))
         method = self.cls(build, self.task, self.cls.Config(**self.hp))
+        for head in [m for m in method.modules() if confident and isinstance(m, Head)]:
+            head.conv.weight.data *= 50
         return method.to(memory_format=channels_last(self.dims)).train()
 
     def spec(self, **changes):
-        unlabeled = 2 if self.cls.needs.unlabeled else 0
+        unlabeled = 2 if self.cls.needs.unlabeled and self.unlabeled else 0
         return RunSpec(**{"method": "contract", "width": 2, "patch": list(self.patch), "iterations": 6,
                           "labeled_batch": 2, "unlabeled_batch": unlabeled, "augmentation": ["rotflip"],
                           "precision": "32-true"} | changes)
@@ -111,6 +116,11 @@ class Setting:
         for clock in self.moments(method):
             torch.manual_seed(1)
             yield clock, method(batch, clock)
+
+
+def pytest_generate_tests(metafunc):
+    if "method_name" in metafunc.fixturenames:
+        metafunc.parametrize("method_name", metafunc.config.getoption("--method") or registry.names())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The laws that every method obeys, in 2D and 3D, with 2 and 4 classes; a new method file is tested as it is.
 
-A law is a function that raises AssertionError, so that the mutants below can prove that it would.
+`--method package.module:Class` puts a method from elsewhere to the same tests. A law is a function that raises
+AssertionError, so that the mutants below can prove that it would.
 """
 
 import dataclasses
@@ -13,14 +14,15 @@ import typing
 import pytest
 import torch
 
+import networks
 from ssl4mis import registry
 from ssl4mis.batch import Clock, Losses
+from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
 from ssl4mis.method import Method, Teacher
 from ssl4mis.methods.mean_teacher import MeanTeacher
 from ssl4mis.trainer import TrainingStopped
 
-NAMES = registry.names()
 LONG_AGO = 10**7  # a step at which a teacher's decay has long reached its final value
 BF16 = 0.05  # relative, of each term: eight bits of mantissa through some twenty layers
 
@@ -30,9 +32,9 @@ def world(request, setting):
     return lambda cls: setting(cls, *request.param)
 
 
-@pytest.fixture(params=NAMES)
-def case(request, world):
-    return world(registry.method_class(request.param))
+@pytest.fixture
+def case(method_name, world):
+    return world(registry.method_class(method_name))
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------
@@ -49,14 +51,31 @@ def terms_are_finite(s, batch=None):
 
 
 def each_term_moves_a_parameter(s):
-    method = s.method()
-    for clock, losses in s.losses(method=method):
-        parameters = method.trainable(clock.phase)
-        for name, value in losses.terms.items():
-            assert value.requires_grad, f"{name} has no gradient"
-            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            assert any(g is not None and g.abs().max() > 0 for g in grads), f"{name} moves no parameter"
-            assert all(g is None or g.isfinite().all() for g in grads), f"{name} has a gradient that is not finite"
+    """With fresh weights, or with confident networks, which terms behind a confidence threshold wait for."""
+    moved = {}
+    for confident in (False, True):
+        method = s.method(confident=confident)
+        for clock, losses in s.losses(method=method):
+            parameters = method.trainable(clock.phase)
+            for name, value in losses.terms.items():
+                assert value.requires_grad, f"{name} has no gradient"
+                grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                assert all(g is None or g.isfinite().all() for g in grads), f"{name} has a gradient that is not finite"
+                place = (clock.stage, clock.phase, name)
+                moved[place] = moved.get(place, False) or any(g is not None and g.abs().max() > 0 for g in grads)
+    assert all(moved.values()), f"{[place for place, moves in moved.items() if not moves]}: moves no parameter"
+
+
+def without_unlabeled_it_is_supervised(s, folder):
+    """Some of the usual terms, all of them finite and moving, and a run to the end."""
+    usual, alone = s, dataclasses.replace(s, unlabeled=False)
+    assert len(alone.batch().unlabeled.image) == 0
+    known = [set(losses.terms) for _, losses in usual.losses()]
+    terms_are_finite(alone)
+    each_term_moves_a_parameter(alone)
+    for (_, losses), terms in zip(alone.losses(), known, strict=True):
+        assert set(losses.terms) <= terms
+    alone.trainer(folder, iterations=2).fit()
 
 
 def predictions_are_probabilities(s):
@@ -121,7 +140,7 @@ def teachers_follow(s):
     mine, theirs = list(method.teacher.net.parameters()), list(method.student.parameters())
     shake(theirs)
     method.after_step(clock._replace(step=torch.tensor(0)))
-    assert same(mine, theirs), "the first step does not copy the student"
+    assert same(mine, theirs) == method.teacher.warm_up, "a teacher that warms up copies the student in the first step"
     shake(theirs)
     old = [p.clone() for p in mine]
     method.after_step(clock._replace(step=torch.tensor(LONG_AGO)))
@@ -236,13 +255,30 @@ def test_resumes_exactly_after_a_power_cut(case, tmp_path):
     resumes_exactly(case, tmp_path, at_call(4, power_cut))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_resumes_exactly_after_ctrl_c(name, setting, tmp_path):
-    resumes_exactly(setting(registry.method_class(name), 2, 2), tmp_path, at_call(2, ctrl_c))
+def test_resumes_exactly_after_ctrl_c(method_name, setting, tmp_path):
+    resumes_exactly(setting(registry.method_class(method_name), 2, 2), tmp_path, at_call(2, ctrl_c))
 
 
 def test_labels_of_the_unlabeled_half_cannot_matter(case, tmp_path):
     unlabeled_labels_cannot_matter(case, tmp_path)
+
+
+def test_without_unlabeled_samples_it_is_supervised_training(case, tmp_path):
+    without_unlabeled_it_is_supervised(case, tmp_path)
+
+
+@pytest.mark.parametrize("network", networks.NAMES)
+def test_every_network_will_do(case, network):
+    """Or the method says in one line why not, before any training."""
+    s = dataclasses.replace(case, network=network)
+    try:
+        s.method()
+    except UserError as refusal:
+        assert network in str(refusal) and "\n" not in str(refusal)
+        return
+    terms_are_finite(s)
+    each_term_moves_a_parameter(s)
+    predictions_are_probabilities(s)
 
 
 def test_unlabeled_images_matter(case, fake_store):
@@ -273,14 +309,12 @@ def test_state_is_complete(case):
     state_is_complete(case)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_is_documented(name):
-    config_is_documented(registry.method_class(name).Config)
+def test_config_is_documented(method_name):
+    config_is_documented(registry.method_class(method_name).Config)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_choice_of_a_hyper_parameter_works(name, setting):
-    cls = registry.method_class(name)
+def test_every_choice_of_a_hyper_parameter_works(method_name, setting):
+    cls = registry.method_class(method_name)
     for field, kind in typing.get_type_hints(cls.Config).items():
         for choice in typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ():
             s = setting(cls, 2, 4, {field: choice})
@@ -353,6 +387,15 @@ class BatchStatistics(MeanTeacher):
         return super().predict(image - image.mean())
 
 
+class NeedsUnlabeled(MeanTeacher):
+    """The mean over no voxels is not a number."""
+
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        distance = self.student(batch.image).logits[len(batch.labeled.image):].square().mean()
+        return Losses(losses.terms | {"consistency": distance})
+
+
 class Logarithm(MeanTeacher):
     """log 0 where a class is absent."""
 
@@ -397,6 +440,12 @@ def test_leaks_are_caught(mutant, setting, fake_store, tmp_path, monkeypatch):
 def test_state_outside_the_checkpoint_is_caught(setting, tmp_path):
     with pytest.raises(AssertionError):
         resumes_exactly(setting(ForgetfulTeacher, 2, 2), tmp_path, at_call(4, power_cut))
+
+
+def test_a_loss_that_needs_unlabeled_samples_is_caught(setting, tmp_path):
+    without_unlabeled_it_is_supervised(setting(MeanTeacher, 2, 2), tmp_path / "right")
+    with pytest.raises(AssertionError):
+        without_unlabeled_it_is_supervised(setting(NeedsUnlabeled, 2, 2), tmp_path / "wrong")
 
 
 def test_a_loss_that_needs_every_class_is_caught(setting):

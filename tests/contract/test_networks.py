@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import networks
-from networks.base import NetSpec, PatchError, SegNet, channels_last, parameter_count
+from networks.base import NetSpec, PatchError, channels_last, parameter_count
 
 WIDTH, CHANNELS, CLASSES = 2, 2, 3
 SIDE = 32

@@ -193,7 +193,6 @@ def test_typing_errors_name_the_nearest(capsys, line, expected):
     ("--patch [16,a,16]", '"patch"'), ("--schedule stepp", '"schedule": Expected a'),
     ("--device gpu", '"device": Expected a'), ("--hp.decay high", '"hp.decay": Expected a'),
     ("--labeled 0", "labeled 0: expected 1 to 80"), ("--labeled 81", "labeled 81: expected 1 to 80"),
-    ("--labeled 80", "labeled 80: method ua_mt needs unlabeled cases"), ("--labeled 100%", "needs unlabeled cases"),
     ("--labeled 0%", "labeled 0%: expected 1 to 80"), ("--labeled many", "expected a whole number"),
     ("--labeled x%", "expected a count or a share"), ("--fold 1", "fold 1, expected 0 to 0"),
     ("--fold first", "fold 'first': expected a whole number"), ("--iterations 0", "iterations 0: expected at least 1"),
@@ -204,8 +203,9 @@ def test_impossible_values_are_named(capsys, options, expected):
     assert expected in turned_away(capsys, f"{USER} {options}")
 
 
-def test_all_labeled_is_fine_without_unlabeled_data():
-    spec = one("--method supervised --labeled 100%")
+@pytest.mark.parametrize("method", ["supervised", "ua_mt"])
+def test_where_all_are_labeled_there_is_no_unlabeled_batch(method):
+    spec = one(f"--method {method} --labeled 100%")
     assert (spec.labeled, spec.unlabeled_batch) == (80, 0)
 
 
@@ -216,7 +216,6 @@ def test_a_method_is_required(capsys):
 @pytest.mark.parametrize("options", [
     "--stride [18,18,4] --patch [16,16,16]",  # voxels between the windows would have no prediction
     "--augmentation [rotflp]",
-    "--unlabeled_batch 0",
     "--unlabeled_batch -1",
     "--seed -1",
     "--save_every 0",

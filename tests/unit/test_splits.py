@@ -145,7 +145,8 @@ def test_an_impossible_label_count_is_refused(n):
 
 
 def test_data_sets_are_found_in_any_case():
-    assert [dataset(name.upper()).name for name in names()] == names() == ["LA", "phantom"]
+    assert [dataset(name.upper()).name for name in names()] == names()
+    assert names()[:2] == ["LA", "phantom"]
 
 
 def test_an_unknown_data_set_names_the_nearest():
