@@ -87,6 +87,10 @@ class Method(nn.Module):
         super().__init__()
         self.task, self.hp = task, hp
 
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of this combination before training, a line each."""
+        return ()
+
     def stages(self) -> tuple[Stage, ...]:
         """The stages of a run, in order; their shares sum to 1."""
         return (Stage(),)

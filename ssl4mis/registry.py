@@ -62,8 +62,8 @@ def method_class(name: str) -> type:
     return own[0]
 
 
-def title(name: str) -> str:
-    """First line of a method's docstring, read without importing it."""
-    path = FOLDER / f"{name}.py"
+def title(name: str, folder: Path | None = None) -> str:
+    """First line of the docstring of a method, or of a module in another folder, read without importing it."""
+    path = (folder or FOLDER) / f"{name}.py"
     text = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
     return (text or "").partition("\n")[0]

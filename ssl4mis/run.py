@@ -52,6 +52,8 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
     say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {len(split.train)} training cases")
+    for remark in method.remarks():
+        say(remark)
     if method.needs.unlabeled and not spec.unlabeled_batch:
         say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
     loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from ssl4mis.batch import Losses
 from ssl4mis.losses import entropy, segmentation, softmax_mse
 from ssl4mis.method import StudentTeacher, at_least_one
@@ -55,6 +57,11 @@ class Config:
 
 class UAMT(StudentTeacher):
     Config = Config
+
+    def remarks(self):
+        if any(isinstance(m, nn.Dropout | nn.Dropout2d | nn.Dropout3d) and m.p for m in self.student.modules()):
+            return ()
+        return ("this network has no dropout: the uncertainty of ua_mt comes from noise on its input alone",)
 
     def forward(self, batch, clock):
         hp, n, unlabeled = self.hp, len(batch.labeled.image), batch.unlabeled.image

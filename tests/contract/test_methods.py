@@ -466,3 +466,10 @@ def test_the_base_class_says_what_is_missing(setting):
         method(None, Clock(torch.tensor(0), 1))
     with pytest.raises(TypeError, match="predicts"):
         method.predict(None)
+
+
+def test_ua_mt_says_that_a_network_without_dropout_leaves_it_noise_alone(setting):
+    cls = registry.method_class("ua_mt")
+    assert setting(cls, 2, 2).method().remarks() == ()
+    (remark,) = setting(cls, 2, 2, network="nnunet").method().remarks()
+    assert "dropout" in remark and "\n" not in remark

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import networks
 from ssl4mis import config, registry
 from ssl4mis.errors import UserError
 
@@ -116,3 +117,9 @@ def test_nearest(value, expected):
 
 def test_nearest_among_capital_letters():
     assert registry.nearest("data set", "LAA", ["LA", "phantom"]).endswith("did you mean LA?")
+
+
+def test_the_catalog_says_a_line_of_every_network():
+    lines = config.catalog().splitlines()
+    for name in networks.NAMES:
+        assert any(line.split()[0] == name and len(line.split()) > 3 for line in lines), name
