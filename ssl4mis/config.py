@@ -166,6 +166,7 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
                                 "The same command again resumes; a finished run is left alone.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--list", action="store_true", help="show methods, networks, data sets and protocols")
+    parser.add_argument("--describe", metavar="METHOD", help="print a method's card: idea, options, cost, scores")
     parser.add_class_arguments(RunSpec, skip={"hp"})
     parser.add_class_arguments(RunOptions)
     try:

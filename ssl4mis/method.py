@@ -112,6 +112,11 @@ class Method(nn.Module):
         """Parameters that the optimizer of a phase moves."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def consistency_weight(self, clock: Clock) -> Tensor:
+        """`hp.weight`, ramped up over the share `hp.ramp` of the stage, in steps of `hp.ramp_every`."""
+        step = clock.step // self.hp.ramp_every * self.hp.ramp_every
+        return self.hp.weight * sigmoid_ramp(step, self.hp.ramp * clock.total)
+
     def predict(self, image: Tensor) -> Tensor:
         """Image (B, C, *space) -> class probabilities (B, K, *space); the trainer has called `eval()`."""
         raise TypeError(f"{type(self).__name__} does not say how it predicts")
@@ -173,11 +178,6 @@ class StudentTeacher(Method):
         """The image plus clipped Gaussian noise, in the image's units."""
         limit = self.hp.noise_limit
         return image + (torch.randn_like(image) * self.hp.noise).clamp_(-limit, limit)
-
-    def consistency_weight(self, clock: Clock) -> Tensor:
-        """The weight of the consistency term: ramps up over a share of the run, in steps of `ramp_every`."""
-        step = clock.step // self.hp.ramp_every * self.hp.ramp_every
-        return self.hp.weight * sigmoid_ramp(step, self.hp.ramp * clock.total)
 
     def after_step(self, clock: Clock) -> None:
         self.teacher.follow(self.student, clock.step)

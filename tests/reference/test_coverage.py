@@ -11,6 +11,8 @@ METHOD = "method not in the suite yet"
 NETWORK = "network not in the suite yet"
 COVERED = {
     "augmentation_3d": "test_augmentation_golden.py",
+    "dtc": "test_dtc_golden.py",
+    "dtc_sdf": "test_dtc_golden.py",
     "ema": "test_ema_golden.py",
     "losses": "test_losses_golden.py",
     "mean_teacher": "test_mean_teacher_golden.py",
@@ -18,6 +20,8 @@ COVERED = {
     "net_param_counts": "test_vnet_golden.py",
     "net_vnet": "test_vnet_golden.py",
     "schedules": "test_schedules_golden.py",
+    "sliding_window_bcp": "test_sliding_window_golden.py",
+    "sliding_window_dtc": "test_sliding_window_golden.py",
     "sliding_window_mcf": "test_sliding_window_golden.py",
     "sliding_window_ssl4mis": "test_sliding_window_golden.py",
     "sliding_window_uamt": "test_sliding_window_golden.py",
@@ -40,8 +44,6 @@ NOT_COVERED = {
     "cps": METHOD,
     "dan": METHOD,
     "dct": METHOD,
-    "dtc": METHOD,
-    "dtc_sdf": METHOD,
     "dycon": METHOD,
     "entropy_minimization": METHOD,
     "fixmatch_cta": METHOD,
@@ -65,8 +67,6 @@ NOT_COVERED = {
     "samplers": "deviation by design: both streams are endless chains of permutations, so that a batch depends on seed "
                 "and step only; the authors drop the labeled remainder and restart the unlabeled stream in each epoch",
     "sassnet": METHOD,
-    "sliding_window_bcp": METHOD,
-    "sliding_window_dtc": METHOD,
     "sliding_window_mcnet_average": METHOD,
     "sliding_window_mcnet_first": METHOD,
     "upc": METHOD,
