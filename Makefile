@@ -23,8 +23,9 @@ test: $(STAMP) ## run the tests (PYTEST_ARGS are passed on)
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check .
 
-leaderboard: $(STAMP) ## rebuild the leaderboard from the committed records
+leaderboard: $(STAMP) ## rebuild leaderboard and method cards from the committed records
 	$(PY) benchmarks/leaderboard.py
+	$(PY) benchmarks/methods.py
 
 clean: ## remove the environment and the demo's results
 	rm -rf $(VENV) $(DEMO)

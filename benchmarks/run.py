@@ -11,6 +11,10 @@ def main(argv: list[str]) -> int:
     if "--list" in argv:
         print(config.catalog())
         return 0
+    if any(word.partition("=")[0] == "--describe" for word in argv):
+        from ssl4mis import cards
+
+        return cards.show(argv)
     specs, options = config.parse(argv)
     from ssl4mis.run import run  # torch is loaded here, after bad input has been turned away
     from ssl4mis.trainer import TrainingStopped

@@ -1,0 +1,310 @@
+"""Method cards: what a method is, what it asks for, costs and scores, from its code and the run records.
+
+Nothing in a card is written by hand. Networks are counted as built for LA at full size, and samples are counted while
+they pass through small ones, so that a card says what the code does.
+"""
+import argparse
+import dataclasses
+import re
+import sys
+import typing
+from collections import Counter
+from inspect import cleandoc, getmodule
+from pathlib import Path
+
+import torch
+from docstring_parser import DocstringStyle, ParseError, parse
+
+import data_prep
+import networks
+from networks.base import NetSpec, SegNet
+from ssl4mis import leaderboard, records, registry
+from ssl4mis.batch import Batch, Clock, Half
+from ssl4mis.config import RunSpec
+from ssl4mis.errors import UserError
+from ssl4mis.leaderboard import markdown_table
+from ssl4mis.method import Preset, Stage, Task
+
+DATASET, PROTOCOL = "LA", "paper"  # whose recipe is built and measured
+SIDE, WIDTH, TOTAL = 32, 2, 1000  # voxels, channels and steps of the measurement
+LABELS = ("Paper", "Code", "Differs from the code")
+MORE = r"[;:,(]| read in "  # where the short name of a source ends
+INTRODUCTION = """# Methods
+
+Generated from the code, the published numbers and the run records by `python benchmarks/methods.py`: do not edit.
+`python benchmarks/run.py --describe NAME` prints one card, also of a method that lives elsewhere.
+"""
+COMPARABLE = """\
+Comparable only where protocol and selection agree: ours are means over n runs of the last weights, papers differ in
+split, checkpoint (often the best one on the test list) and treatment of empty masks. Sources in full are in
+`results/reported.csv`, all our columns in `results/leaderboard.csv`.
+"""
+
+
+class Text(typing.NamedTuple):
+    """The parts of a method file's docstring; those that it lacks are empty."""
+
+    title: str
+    idea: str
+    paper: str
+    code: str
+    differs: tuple[str, ...]
+
+
+def read_docstring(docstring: str | None) -> Text:
+    """The parts of a docstring in the shape of `methods/ua_mt.py`."""
+    title, _, rest = cleandoc(docstring or "").partition("\n")
+    idea, *labeled = re.split(rf"^({'|'.join(LABELS)}):", rest, flags=re.M)
+    found = dict.fromkeys(LABELS, "") | dict(zip(labeled[::2], labeled[1::2], strict=True))
+    paper, code, differs = found.values()
+    items = map(flat, re.split(r"^- ", differs.lstrip(), flags=re.M))
+    return Text(title, flat(idea), flat(paper), flat(code), tuple(filter(None, items)))
+
+
+def flat(text: str) -> str:
+    """The text in one line."""
+    return " ".join(text.split())
+
+
+def meanings(config: type) -> dict[str, str]:
+    """What a `Config`'s docstring says of each hyper-parameter."""
+    try:
+        documented = parse(config.__doc__ or "", DocstringStyle.GOOGLE).params
+    except ParseError:
+        return {}
+    return {name: flat(p.description or "") for p in documented for name in re.split(r", *", p.arg_name)}
+
+
+def type_text(kind) -> str:
+    """A type for readers: `float`, or the values of a Literal."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+
+
+def make(cls: type, width: int, patch):
+    """A method with its recipe for LA and networks of this size."""
+    dataset, preset = data_prep.dataset(DATASET), cls.presets.get(DATASET, Preset())
+    task = Task(len(dataset.classes), dataset.spatial_dims, dataset.channels)
+    spec = NetSpec(task.channels, tuple(patch), width, dataset.spacing)
+    build = networks.Build(preset.run.get("network", RunSpec.network), task.classes, spec)
+    return cls(build, task, cls.Config(**preset.hp))
+
+
+def segnets(method) -> dict[str, SegNet]:
+    """The networks of a method by attribute, such as `teacher.net`."""
+    return {name: module for name, module in method.named_modules() if isinstance(module, SegNet)}
+
+
+def batch_sizes(cls: type) -> tuple[int, int]:
+    """Labeled and unlabeled samples of the measured step: two each, or the recipe's where a method needs a multiple."""
+    run = cls.presets.get(DATASET, Preset()).run if cls.needs.multiple > 1 else {}
+    least = max(2, cls.needs.multiple)
+    return run.get("labeled_batch", least), run.get("unlabeled_batch", least) if cls.needs.unlabeled else 0
+
+
+def random_batch(task: Task, needs, labeled: int, unlabeled: int) -> Batch:
+    """A batch of noise with every class in the labels, and all that the method needs."""
+    space = (SIDE,) * task.spatial_dims
+    image = torch.randn(labeled + unlabeled, task.channels, *space)
+    label = (torch.arange(SIDE) * task.classes // SIDE).to(torch.uint8).expand(labeled, *space).contiguous()
+
+    def half(images):
+        strong = tuple(torch.randn_like(images) for _ in range(needs.strong))
+        valid = torch.ones(len(images), *space, dtype=torch.bool) if strong else None
+        return Half(images, None, ("unlabeled",) * len(images), strong, valid)
+
+    partner = half(torch.randn_like(image[labeled:])) if needs.partner else None
+    return Batch(image, Half(image[:labeled], label, ("labeled",) * labeled), half(image[labeled:]), partner)
+
+
+def count_samples(method) -> Counter:
+    """A counter of the samples that pass from now on, by (network, encoded or decoded, whether for a gradient)."""
+    counts = Counter()
+
+    def counted(name, part, call):
+        def through(x):
+            found = call(x)
+            last = found[-1] if part == "encoded" else found.features.decoder[0]
+            counts[name, part, last.requires_grad] += len(last)
+            return found
+        return through
+
+    for name, net in segnets(method).items():
+        net.encode, net.decode = counted(name, "encoded", net.encode), counted(name, "decoded", net.decode)
+    return counts
+
+
+def measure(cls: type) -> tuple[dict[str, Counter], list[str]]:
+    """Stage -> samples through each network in one of its last steps, all phases; and the networks that predict."""
+    method = make(cls, WIDTH, (SIDE,) * data_prep.dataset(DATASET).spatial_dims)
+    batch, counts, found = random_batch(method.task, cls.needs, *batch_sizes(cls)), count_samples(method), {}
+    for stage in method.stages():
+        method.enter(stage.name)
+        method.train()
+        counts.clear()
+        for phase in stage.phases:
+            clock = Clock(torch.tensor(TOTAL - 1), TOTAL, stage.name, phase)
+            method(batch, clock)
+        method.after_step(clock)
+        found[stage.name] = counts.copy()
+    counts.clear()
+    with torch.no_grad():
+        method.eval().predict(batch.image[:1])
+    return found, sorted({name for name, _, _ in counts})
+
+
+def numbers(results: Path) -> list[dict[str, str]]:
+    """Leaderboard rows, measured and published, of a results folder; none where there is no such folder. UserError."""
+    if not results.is_dir():
+        return []
+    published = results / "reported.csv"
+    try:
+        return leaderboard.rows(records.read_all(results / "records"),
+                                leaderboard.read_reported(published) if published.exists() else ())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def card(name: str, table=()) -> str:
+    """The card of a method as Markdown, with its rows of a leaderboard table; UserError for an unknown name."""
+    name = registry.canonical(name)
+    cls = registry.method_class(name)
+    text = read_docstring(getmodule(cls).__doc__ or cls.__doc__)
+    parts = [f"## {name}\n", f"{text.title}\n", f"{text.idea}\n", facts(text, cls.needs)]
+    parts += section("Hyper-parameters", hyper_parameters(cls.Config))
+    parts += section("Presets", presets(cls))
+    parts += section("Networks and steps", cost(cls))
+    parts += section("Differs from the code", "".join(f"- {item}\n" for item in text.differs))
+    parts += section("Published and ours", scores(name, table))
+    return "\n".join(part for part in parts if part.strip())
+
+
+def document(table=()) -> str:
+    """All methods of this package: a list of links and the cards."""
+    names = [name for name in registry.names() if (registry.FOLDER / f"{name}.py").is_file()]
+    links = "".join(f"- [{name}](#{name}): {registry.title(name)}\n" for name in names)
+    return "\n".join([INTRODUCTION, links, *(card(name, table) for name in names)])
+
+
+def section(title: str, body: str) -> list[str]:
+    """A heading and its text; nothing where there is no text."""
+    return [f"### {title}\n", body] if body else []
+
+
+def facts(text: Text, needs) -> str:
+    """Paper, code and what the loader must provide, a line each."""
+    paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", text.paper)
+    code = re.sub(r"^[\w.-]+/[\w.-]+\w", r"[\g<0>](https://github.com/\g<0>)", text.code)
+    asks = ["" if needs.unlabeled else "labeled samples only",
+            f"batch sizes in multiples of {needs.multiple}" if needs.multiple > 1 else "",
+            f"strongly augmented views of each unlabeled sample: {needs.strong}" if needs.strong else "",
+            "a second draw of unlabeled samples" if needs.partner else ""]
+    lines = {"Paper": paper, "Code": code, "Needs": "; ".join(filter(None, asks))}
+    return "".join(f"- {label}: {line}\n" for label, line in lines.items() if line)
+
+
+def hyper_parameters(config: type) -> str:
+    """Type, default and meaning of every hyper-parameter."""
+    told, kinds, hp = meanings(config), typing.get_type_hints(config), config()
+    lines = [[f"`{f.name}`", type_text(kinds[f.name]), getattr(hp, f.name), told.get(f.name, "")]
+             for f in dataclasses.fields(config)]
+    return markdown_table(["`--hp.`", "type", "default", "meaning"], lines) if lines else ""
+
+
+def presets(cls: type) -> str:
+    """What the method's authors did otherwise on each data set."""
+    lines = [[dataset, settings({f"hp.{key}": value for key, value in preset.hp.items()} | preset.run),
+              preset.iterations or ""] for dataset, preset in sorted(cls.presets.items())]
+    return markdown_table(["data set", "settings", "published iterations"], lines) if lines else ""
+
+
+def settings(values: dict) -> str:
+    """Options as they are written on the command line."""
+    return ", ".join(f"`{key} {str(value).replace(' ', '')}`" for key, value in values.items())
+
+
+def cost(cls: type) -> str:
+    """Networks at full size, stages, and the samples that pass through each network in a step."""
+    protocol = data_prep.dataset(DATASET).protocols[PROTOCOL]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method, (measured, predicting) = make(cls, protocol.width, protocol.patch), measure(cls)
+    nets = segnets(method)
+    rows = [[f"`{name}`", type(net.backbone).__name__, heads(net), *millions(net.parameters())]
+            for name, net in nets.items()]
+    inside = {parameter for net in nets.values() for parameter in net.parameters()}
+    if others := [parameter for parameter in method.parameters() if parameter not in inside]:
+        rows.append(["outside of them", "", "", *millions(others)])
+    steps = [[f"`{stage}`", f"`{name}`", *(samples(counts, name, gradient) for gradient in (True, False))]
+             for stage, counts in measured.items() for name in nets if any(key[0] == name for key in counts)]
+    labeled, unlabeled = batch_sizes(cls)
+    return "\n".join([
+        f"As built for {DATASET}, protocol {PROTOCOL} (width {protocol.width}, patch "
+        f"{'x'.join(map(str, protocol.patch))}):\n",
+        markdown_table(["network", "backbone", "heads", "parameters (M)", "trained (M)"], rows),
+        f"Samples through each network in one step, late in the stage, of a batch of {labeled} labeled and {unlabeled} "
+        f"unlabeled samples; prediction takes {' and '.join(f'`{name}`' for name in predicting)}:\n",
+        markdown_table(["stage", "network", "with gradient", "without gradient"], steps),
+        "Stages:\n", "".join(map(stage_line, method.stages())),
+    ])
+
+
+def heads(net: SegNet) -> str:
+    """Names, channels and decoder levels of a network's heads."""
+    return ", ".join(f"{name} {head.conv.out_channels}" + (f" (level {head.level})" if head.level else "")
+                     for name, head in net.heads.items())
+
+
+def millions(parameters) -> list[str]:
+    """How many scalars there are and how many are trained, in millions."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
+    return [f"{sum(column) / 1e6:.3f}" for column in zip(*sizes, strict=True)]
+
+
+def samples(counts: Counter, name: str, gradient: bool) -> str:
+    """How many samples a network saw; encoder and decoder apart where they differ."""
+    encoded, decoded = (counts[name, part, gradient] for part in ("encoded", "decoded"))
+    return str(encoded) if encoded == decoded else f"{encoded} encoded, {decoded} decoded"
+
+
+def stage_line(stage: Stage) -> str:
+    """A stage in words."""
+    schedule = "the run's schedule" if stage.schedule is None else f"schedule {stage.schedule}"
+    if stage.drop != Stage().drop:
+        schedule += f" (a drop after every {stage.drop:.4g} of the stage)"
+    phases = " and ".join(f"`{phase}`" for phase in stage.phases)
+    return f"- `{stage.name}`: {100 * stage.share:.4g} % of the run; {phases}; {schedule}\n"
+
+
+def scores(name: str, table) -> str:
+    """Ours and the published Dice by data set and number of labeled cases."""
+    mine = sorted((row for row in table if row["method"] == name),
+                  key=lambda row: (row["dataset"], int(row["labeled"] or 0)))  # stable: ours stay first
+    if not mine:
+        return ""
+    header = ["data set", "labeled", "Dice (%)", "n", "protocol or split", "source"]
+    return markdown_table(header, map(score_cells, mine)) + "\n" + COMPARABLE
+
+
+def score_cells(row: dict[str, str]) -> list[str]:
+    """A leaderboard row, shortened."""
+    head = [row["dataset"], row["labeled"]]
+    if row["source"] != "measured":
+        return [*head, row["Dice"], "", row["split"], re.split(MORE, row["reference"])[0].strip()]
+    dice = row["Dice"] + (f" ± {row['Dice_sd']}" if row["Dice_sd"] else "")
+    where = f"{row['protocol']}, {row['split']}, {row['network']}, {row['batch']}, {row['precision']}"
+    state = "" if row["complete"] == "yes" else ", folds missing"
+    return [*head, f"**{dice}**", row["n"], where, f"ours, settings {row['hp_hash']}{state}"]
+
+
+def show(argv: list[str]) -> int:
+    """Print the card that `--describe NAME` asks for; exit status 2 and one line where the name is not known."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--describe", nargs="?", const="")
+    try:
+        print(card(scan.parse_known_args(argv)[0].describe, numbers(Path("results"))), end="")
+    except UserError as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
