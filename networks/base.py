@@ -85,6 +85,10 @@ class Backbone(nn.Module):
         """Encoder features -> decoder features, fine to coarse."""
         return self.decoder(skips)
 
+    def initialize(self, module: nn.Module) -> nn.Module:
+        """The module with the weights that this network begins with, torch's own by default; heads get them too."""
+        return module
+
     def new_decoder(self) -> nn.Module:
         """Another decoder of the same shape with its own weights, for methods with several."""
         raise TypeError(f"{type(self).__name__} does not say how it decodes")
@@ -100,7 +104,8 @@ class Head(nn.Module):
         super().__init__()
         self.level = level
         self.mode = "trilinear" if backbone.spatial_dims == 3 else "bilinear"
-        self.conv = CONV[backbone.spatial_dims](backbone.decoder_channels[level], channels, 1, bias=backbone.head_bias)
+        conv = CONV[backbone.spatial_dims](backbone.decoder_channels[level], channels, 1, bias=backbone.head_bias)
+        self.conv = backbone.initialize(conv)
 
     def forward(self, features: Features) -> Tensor:
         out = self.conv(features.decoder[self.level]).float()

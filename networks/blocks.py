@@ -2,10 +2,12 @@
 from torch import nn
 
 from networks.batchnorm import BatchNorm2d, BatchNorm3d
+from networks.instancenorm import InstanceNorm2d, InstanceNorm3d
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 UP = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {2: BatchNorm2d, 3: BatchNorm3d}
+INSTANCE_NORM = {2: InstanceNorm2d, 3: InstanceNorm3d}
 CHANNEL_DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
 
 

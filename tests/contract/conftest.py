@@ -61,6 +61,7 @@ class Setting:
     hp: dict = dataclasses.field(default_factory=dict)
     network: str = "vnet"
     unlabeled: bool = True
+    side: int = PATCH
 
     @property
     def task(self):
@@ -68,7 +69,7 @@ class Setting:
 
     @property
     def patch(self):
-        return (PATCHES.get(self.network, PATCH),) * self.dims
+        return (max(self.side, PATCHES.get(self.network, 0)),) * self.dims
 
     def method(self, seed=0, confident=False, width=2):
         """A new method in train mode; `confident` makes its networks sure of what they say, as training would."""

@@ -25,6 +25,7 @@ from ssl4mis.trainer import TrainingStopped
 
 LONG_AGO = 10**7  # a step at which a teacher's decay has long reached its final value
 BF16 = 0.05  # relative, of each term: eight bits of mantissa through some twenty layers
+ROUNDING = 1e-4  # of the sum of terms: a squared difference of nearly equal predictions magnifies what they lost
 
 
 @pytest.fixture(params=[(2, 2), (2, 4), (3, 2), (3, 4)], ids=lambda p: f"{p[0]}D-{p[1]}classes")
@@ -159,6 +160,7 @@ def teachers_follow(s):
 
 
 def half_precision_agrees(s, folder):
+    s = dataclasses.replace(s, side=32)  # batch norm of a single voxel per sample would magnify every rounding
     batch, values = s.batch(), {}
     for precision in ("32-true", "bf16-mixed"):
         trainer = s.trainer(folder, precision=precision)
@@ -167,7 +169,9 @@ def half_precision_agrees(s, folder):
             torch.manual_seed(1)
             values[precision].append({k: v.detach().item() for k, v in trainer.model(batch, clock).terms.items()})
     for full, half in zip(*values.values(), strict=True):
-        assert half == pytest.approx(full, rel=BF16), "a term differs in bf16-mixed"
+        atol = ROUNDING * sum(full.values())
+        for name, value in full.items():
+            assert abs(half[name] - value) <= BF16 * abs(value) + atol, f"{name} is {half[name]} in bf16, not {value}"
 
 
 def config_is_documented(cls):

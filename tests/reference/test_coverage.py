@@ -11,14 +11,20 @@ METHOD = "method not in the suite yet"
 NETWORK = "network not in the suite yet"
 COVERED = {
     "augmentation_3d": "test_augmentation_golden.py",
+    "cps": "test_cps_golden.py",
     "dtc": "test_dtc_golden.py",
     "dtc_sdf": "test_dtc_golden.py",
     "ema": "test_ema_golden.py",
     "losses": "test_losses_golden.py",
     "mean_teacher": "test_mean_teacher_golden.py",
     "metrics": "test_metrics_golden.py",
+    "net_mcf_resnet34": "test_vnet_golden.py",
+    "net_nnunet": "test_nnunet_golden.py",
     "net_param_counts": "test_vnet_golden.py",
+    "net_unet3d": "test_unet_golden.py",
+    "net_unet3d_dv_semi": "test_unet_golden.py",
     "net_vnet": "test_vnet_golden.py",
+    "net_vnet_sdf": "test_vnet_golden.py",
     "schedules": "test_schedules_golden.py",
     "sliding_window_bcp": "test_sliding_window_golden.py",
     "sliding_window_dtc": "test_sliding_window_golden.py",
@@ -28,6 +34,7 @@ COVERED = {
     "ua_mt_binary": "test_ua_mt_golden.py",
     "ua_mt_binary_ssl4mis": "test_ua_mt_golden.py",
     "ua_mt_multiclass": "test_ua_mt_golden.py",
+    "urpc": "test_urpc_golden.py",
 }
 NOT_COVERED = {
     "ac_mt_entropy": METHOD,
@@ -41,7 +48,6 @@ NOT_COVERED = {
     "corrmatch_correlation": METHOD,
     "corrmatch_step": METHOD,
     "corrmatch_threshold": METHOD,
-    "cps": METHOD,
     "dan": METHOD,
     "dct": METHOD,
     "dycon": METHOD,
@@ -56,12 +62,7 @@ NOT_COVERED = {
     "net_cml": NETWORK,
     "net_discriminator_dan": NETWORK,
     "net_discriminator_sassnet": NETWORK,
-    "net_mcf_resnet34": NETWORK,
     "net_mcnet": NETWORK,
-    "net_nnunet": NETWORK,
-    "net_unet3d": NETWORK,
-    "net_unet3d_dv_semi": NETWORK,
-    "net_vnet_sdf": NETWORK,
     "preprocessing": "the suite reads data as published, already preprocessed",
     "r_drop": METHOD,
     "samplers": "deviation by design: both streams are endless chains of permutations, so that a batch depends on seed "
@@ -70,7 +71,6 @@ NOT_COVERED = {
     "sliding_window_mcnet_average": METHOD,
     "sliding_window_mcnet_first": METHOD,
     "upc": METHOD,
-    "urpc": METHOD,
 }
 
 

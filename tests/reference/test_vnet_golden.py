@@ -1,4 +1,9 @@
-"""The V-Net against stored outputs, running statistics and parameter counts."""
+"""The V-Net, with one head and with DTC's two, and MCF's ResVNet against stored outputs and running statistics.
+
+And the parameter counts of all networks.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,34 +13,53 @@ from torch import nn
 from networks import backbone
 from networks.base import NetSpec, SegNet, channels_last, parameter_count
 
-COUNTS = {  # heads of the networks whose parameter counts the suite shares
-    "UA-MT VNet(1,2,16,batchnorm)": {"seg": 2},
-    "MCF VNet(1,2,16)": {"seg": 2},
-    "DTC VNet sdf(1,n_classes=1,16)": {"seg": 1, "sdf": 1},
+FILES = {  # network, and its heads in the order of the authors' state_dict
+    "net_vnet": ("vnet", ("seg",)),
+    "net_vnet_sdf": ("vnet", ("sdf", "seg")),
+    "net_mcf_resnet34": ("resvnet", ("seg",)),
+}
+MAPS = {  # from our heads to the stored arrays
+    "logits": lambda out: out.logits,
+    "tanh": lambda out: out.heads["sdf"].tanh(),
+}
+
+
+def pyramid(classes, levels):
+    """One head on each of so many decoder levels."""
+    return {"seg": classes, **{f"aux{level}": (classes, level) for level in range(1, levels)}}
+
+
+COUNTS = {  # network and heads
+    "UA-MT VNet(1,2,16,batchnorm)": ("vnet", {"seg": 2}),
+    "MCF VNet(1,2,16)": ("vnet", {"seg": 2}),
+    "DTC VNet sdf(1,n_classes=1,16)": ("vnet", {"seg": 1, "sdf": 1}),
+    "SSL4MIS unet_3D(feature_scale=4,2 classes)": ("unet", {"seg": 2}),
+    "SSL4MIS unet_3D_dv_semi(feature_scale=4,2 classes)": ("unet", pyramid(2, 4)),
+    "SSL4MIS unet_3D_dv_semi(feature_scale=4,3 classes)": ("unet", pyramid(3, 4)),
+    "MCF ResNet34-VNet(1,2,16)": ("resvnet", {"seg": 2}),
+    "SSL4MIS nnUNet(base 16, 2 classes)": ("nnunet", pyramid(2, 6)),
 }
 NOT_COVERED = {
-    "SSL4MIS unet_3D*": "network not in the suite yet",
-    "MCF ResNet34-VNet*": "network not in the suite yet",
-    "SSL4MIS nnUNet*": "network not in the suite yet",
     "MC-Net *": "network not in the suite yet",
     "CML VNet*": "network not in the suite yet",
     "BCP VNet*": "counts contrastive selectors that the authors never use",
     "* FC3DDiscriminator*": "network not in the suite yet",
 }
+SPEC = NetSpec(1, (16, 256, 256), spacing=(4.0, 1.0, 1.0))  # nnU-Net's rules make of it the plan that SSL4MIS fixed
 
 
-@pytest.fixture(params=["contiguous", "channels_last"])
+@pytest.fixture(params=itertools.product(FILES, ["contiguous", "channels_last"]), ids="-".join)
 def stored(request, golden):
     """The file, the network with its weights and the images, in one memory layout."""
-    data = golden("net_vnet")
-    images = torch.tensor(data["images"])
-    dims = images.ndim - 2
+    name, layout = request.param
+    data, (network, heads) = golden(name), FILES[name]
+    images, classes = torch.tensor(data["images"]), int(data["n_classes"])
     spec = NetSpec(images.shape[1], tuple(images.shape[2:]), int(data["n_filters"]))
-    net = SegNet(backbone("vnet", spec), {"seg": int(data["n_classes"])})
+    net = SegNet(backbone(network, spec), dict.fromkeys(heads, classes))
     names = zip(net.state_dict(), data["state_dict_names"], strict=True)  # theirs are in the same order
     net.load_state_dict({mine: torch.tensor(data[f"param/{theirs}"]) for mine, theirs in names})
-    if request.param == "channels_last":
-        net, images = (x.to(memory_format=channels_last(dims)) for x in (net, images))
+    if layout == "channels_last":
+        net, images = (x.to(memory_format=channels_last(images.ndim - 2)) for x in (net, images))
     return data, net, images
 
 
@@ -48,19 +72,27 @@ def without_dropout(net):
     return net
 
 
+def stored_maps(data, mode):
+    """(map's name, stored array) of one mode."""
+    found = [(name.removesuffix(f"_{mode}"), data[name]) for name in data if name.endswith(f"_{mode}")]
+    assert found and {name for name, _ in found} <= set(MAPS)
+    return found
+
+
 def test_evaluation(stored):
     data, net, images = stored
     with torch.no_grad():
-        logits = net.eval()(images).logits
-    np.testing.assert_allclose(logits, data["logits_eval"], 1e-4, 1e-4)
+        out = net.eval()(images)
+    for name, expected in stored_maps(data, "eval"):
+        np.testing.assert_allclose(MAPS[name](out), expected, 1e-4, 1e-4, err_msg=name)
 
 
 def test_training(stored):
     data, net, images = stored
     with torch.no_grad():
-        logits = without_dropout(net)(images).logits
-    expected = data["logits_train"]
-    np.testing.assert_allclose(logits, expected, 1e-4, 1e-4 * np.abs(expected).max())
+        out = without_dropout(net)(images)
+    for name, expected in stored_maps(data, "train"):
+        np.testing.assert_allclose(MAPS[name](out), expected, 1e-4, 1e-4 * np.abs(expected).max(), err_msg=name)
 
 
 def test_running_statistics_after_one_training_pass(stored):
@@ -80,9 +112,10 @@ def test_running_statistics_after_one_training_pass(stored):
 def test_parameter_count(golden, name):
     data = golden("net_param_counts")
     counts = dict(zip(data["names"].tolist(), data["param_counts"].tolist(), strict=True))
+    network, heads = COUNTS[name]
     with torch.device("meta"):
-        net = SegNet(backbone("vnet", NetSpec(1, (112, 112, 80))), COUNTS[name])
-    assert parameter_count(net) == counts[name] == 9_448_866
+        net = SegNet(backbone(network, SPEC), heads)
+    assert parameter_count(net) == counts[name]
 
 
 def test_every_parameter_count_is_accounted_for(golden, every_array_is_in_one):

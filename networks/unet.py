@@ -1,0 +1,88 @@
+"""The 3D U-Net of SSL4MIS and URPC: instance norm without parameters, max-pooling, linear upsampling.
+
+5,884,050 parameters at width 16 with 2 classes, in 3D. With channel dropout of 0.1, 0.2, 0.3 and 0.5 on the decoder
+levels and heads on the first four it is URPC's network, which differs from it in nothing else.
+Source: Cicek et al., MICCAI 2016 (the shape); HiLab-git/SSL4MIS, unet_3D and unet_3D_dv_semi (the released behavior).
+"""
+import torch
+from torch import Tensor, nn
+
+from networks.base import Backbone, NetSpec, PatchError
+from networks.blocks import CONV, INSTANCE_NORM, kaiming, level_dropout, strides
+
+LEVELS = 5
+DROPOUT = 0.3  # of single values, at the bottom and before the head
+POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+LINEAR = {2: "bilinear", 3: "trilinear"}
+
+
+def block(dims: int, inputs: int, outputs: int) -> nn.Sequential:
+    """Twice: 3x3 convolution with bias, instance norm without parameters, ReLU."""
+    layers = []
+    for channels in (inputs, outputs):
+        layers += [CONV[dims](channels, outputs, 3, padding=1), INSTANCE_NORM[dims](outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class Decoder(nn.Module):
+    """From coarse to fine: linear upsampling, concatenation behind the skip, block, dropout.
+
+    `dropout` has one module per level, fine to coarse.
+    """
+
+    def __init__(self, dims: int, channels: tuple[int, ...], dropout: nn.ModuleList):
+        super().__init__()
+        self.mode, self.dropout = LINEAR[dims], dropout
+        levels = reversed(range(len(channels) - 1))
+        self.stages = nn.ModuleList(block(dims, channels[k] + channels[k + 1], channels[k]) for k in levels)
+
+    def forward(self, skips: list[Tensor]) -> list[Tensor]:
+        x, maps = skips[-1], []
+        for stage, skip, dropout in zip(self.stages, reversed(skips[:-1]), reversed(self.dropout), strict=True):
+            x = nn.functional.interpolate(x, size=skip.shape[2:], mode=self.mode)
+            x = dropout(stage(torch.cat([skip, x], 1)))
+            maps.append(x)
+        return maps[::-1]
+
+
+class UNet(Backbone):
+    """Encoder of five blocks with max-pooling between, and one decoder.
+
+    Every side of an input must be a multiple of 16, and one of them at least 32: instance norm erases a single voxel.
+    """
+
+    initialize = staticmethod(kaiming)
+
+    def __init__(self, spec: NetSpec):
+        super().__init__()
+        self.spatial_dims, self.drop_rates = spec.dims, spec.dropout
+        self.encoder_channels = tuple(spec.width * 2**level for level in range(LEVELS))
+        self.decoder_channels = self.encoder_channels[:-1]
+        self.encoder_strides = strides(spec.dims, LEVELS)
+        self.multiple = self.encoder_strides[-1]
+        if all(side <= multiple for side, multiple in zip(spec.patch, self.multiple, strict=True)):
+            raise PatchError(f"patch {list(spec.patch)}: UNet needs a side of at least {2 * self.multiple[0]}")
+        inputs = (spec.channels, *self.encoder_channels)
+        self.stages = self.initialize(nn.ModuleList(
+            block(spec.dims, *pair) for pair in zip(inputs, self.encoder_channels, strict=False)))
+        self.pool = POOL[spec.dims](2)
+        self.dropout = nn.Dropout(DROPOUT if spec.dropout is None else 0.0)
+        self.decoder = self.new_decoder()
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        skips = [self.stages[0](x)]
+        for stage in self.stages[1:]:
+            skips.append(stage(self.pool(skips[-1])))
+        skips[-1] = self.dropout(skips[-1])
+        return skips
+
+    def new_decoder(self) -> Decoder:
+        dropout = level_dropout(self.spatial_dims, self.drop_rates or (), LEVELS - 1)
+        if self.drop_rates is None:
+            dropout[0] = nn.Dropout(DROPOUT)
+        return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, dropout))
+
+
+def backbone(spec: NetSpec) -> UNet:
+    """The factory that `networks.backbone` calls."""
+    return UNet(spec)

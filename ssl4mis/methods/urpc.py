@@ -1,0 +1,110 @@
+"""URPC: uncertainty rectified pyramid consistency (Luo et al., MICCAI 2021).
+
+One network predicts at several decoder levels, and on unlabeled images every level must agree with the mean of all. The
+divergence from the mean says how uncertain a voxel is: it lowers the voxel's weight and is itself minimized.
+
+Paper: Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via Uncertainty Rectified
+Pyramid Consistency, arXiv 2012.07042.
+Code: HiLab-git/SSL4MIS, train_uncertainty_rectified_pyramid_consistency_3D.py.
+Differs from the code:
+- the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
+- the weight is full at the end; the released command for BraTS stops halfway up the ramp, at 0.0283 (`ramp` 2);
+- as many classes as the data have, where the 3D script always has three (`compat` legacy);
+- any backbone: heads and channel dropout go on its finest decoder levels, of which the authors' U-Net has four;
+- 2D is like 3D, where the 2D script enlarges by the nearest voxel and perturbs the coarse levels in other ways;
+- logarithms of sums of exponentials, since the logarithm of a softmax that underflows is not finite.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ssl4mis.batch import Losses
+from ssl4mis.errors import UserError
+from ssl4mis.losses import segmentation
+from ssl4mis.method import Method, Preset, at_least_one
+
+DROPOUT = (0.1, 0.2, 0.3, 0.5)  # of channels after the decoder levels, fine to coarse
+RELEASED_CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters.
+
+    Args:
+        weight: final weight of the consistency term.
+        ramp: length of the weight's ramp, a share of the run; above 1 the run ends before the weight is full.
+        ramp_every: the weight changes every so many steps (150 in the authors' code).
+        scales: decoder levels with a head, at least 2; fewer where the backbone has fewer levels.
+        compat: legacy has three classes where the data have two, as the released 3D script; predictions leave the
+            third one out.
+    """
+
+    weight: float = 0.1
+    ramp: float = 1.0
+    ramp_every: int = 1
+    scales: int = 4
+    compat: Literal["right", "legacy"] = "right"
+
+    def __post_init__(self):
+        at_least_one(self, "ramp_every")
+        if self.scales < 2:
+            raise UserError(f"hp.scales {self.scales}: expected at least 2, which can disagree")
+
+
+class URPC(Method):
+    Config = Config
+    presets = {
+        "ACDC": Preset(run={"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly"}, iterations=30000),
+        "BraTS": Preset(run={"schedule": "poly", "learning_rate": 0.1}, iterations=30000),
+    }
+
+    def __init__(self, build, task, hp):
+        super().__init__(build, task, hp)
+        self.net = build(heads=self.pyramid, dropout=DROPOUT)
+
+    def pyramid(self, backbone):
+        """Names, channels and decoder levels of the heads; UserError where the backbone has one level only."""
+        levels = min(self.hp.scales, len(backbone.decoder_channels))
+        if levels < 2:
+            raise UserError(f"network {type(backbone).__name__}: urpc needs at least two decoder levels, this has one")
+        classes = self.task.classes
+        if self.hp.compat == "legacy":
+            classes = max(classes, RELEASED_CLASSES)
+        return {"seg" if level == 0 else f"seg{level}": (classes, level) for level in range(levels)}
+
+    def forward(self, batch, clock):
+        n = len(batch.labeled.image)
+        maps = torch.stack(list(self.net(batch.image).heads.values()))
+        supervised = torch.stack([segmentation(logits, batch.labeled.label) for logits in maps[:, :n]]).mean()
+        if not len(batch.unlabeled.image):
+            return Losses({"supervised": supervised})
+        weight = self.consistency_weight(clock)
+        return Losses({"supervised": supervised, "consistency": weight * consistency(maps[:, n:]).mean()},
+                      watch={"weight": weight})
+
+    def predict(self, image):
+        return self.net(image).logits[:, :self.task.classes].softmax(1)
+
+
+def disagreement(maps):
+    """Logits of several scales (S, B, K, *space) -> log softmax, its mean's logarithm and the divergences.
+
+    Shapes (S, B, K, *space), (B, K, *space) and, in nats from the mean to each scale, (S, B, 1, *space).
+    """
+    logs = maps.log_softmax(2)
+    mean = logs.logsumexp(0) - math.log(len(maps))
+    return logs, mean, (mean.exp() * (mean - logs)).sum(2, keepdim=True)
+
+
+def consistency(maps):
+    """Squared distances from the mean prediction where the scales agree, plus the mean divergence, of each scale (S,).
+
+    Gradients flow through the mean, the weights and the divergences.
+    """
+    logs, mean, divergence = disagreement(maps)
+    certainty, each = (-divergence).exp(), tuple(range(1, maps.ndim))
+    distance = (mean.exp() - logs.exp()).square() * certainty
+    return distance.mean(each) / (certainty.mean(each) + 1e-8) + divergence.mean(each)
