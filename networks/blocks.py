@@ -1,11 +1,28 @@
 """Layers by dimension: the dimension is a value, so one file serves 2D and 3D."""
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from networks.batchnorm import BatchNorm2d, BatchNorm3d
 from networks.instancenorm import InstanceNorm2d, InstanceNorm3d
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` that computes in float32 on the CPU where the kernel is longer than the map's first side.
+
+    There torch 2.13 reads and writes beyond its memory for the gradient of a bfloat16 weight. Such maps are tiny.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16
+        if x.device.type != "cpu" or not half or x.shape[2] >= self.kernel_size[0]:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+CONV = {2: nn.Conv2d, 3: Conv3d}
 UP = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORM = {2: BatchNorm2d, 3: BatchNorm3d}
 INSTANCE_NORM = {2: InstanceNorm2d, 3: InstanceNorm3d}
 CHANNEL_DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
@@ -52,6 +69,6 @@ def xavier(module: nn.Module) -> nn.Module:
 
 def _convolution_weights(module: nn.Module, initialize) -> nn.Module:
     for layer in module.modules():
-        if isinstance(layer, (*CONV.values(), *UP.values())):
+        if isinstance(layer, CONVOLUTIONS):
             initialize(layer.weight)
     return module

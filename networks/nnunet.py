@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec, PatchError
-from networks.blocks import CONV, INSTANCE_NORM, UP, level_dropout
+from networks.blocks import CONV, CONVOLUTIONS, INSTANCE_NORM, UP, level_dropout
 
 SMALLEST = 4  # no axis is pooled below so many voxels
 LIMIT = 20  # most channels, in widths
@@ -61,7 +61,7 @@ def plan(patch: tuple[int, ...], spacing: tuple[float, ...] | None, width: int) 
 def he(module: nn.Module) -> nn.Module:
     """The module with He-normal weights for leaky ReLUs and zero biases in all its convolutions."""
     for layer in module.modules():
-        if isinstance(layer, (*CONV.values(), *UP.values())):
+        if isinstance(layer, CONVOLUTIONS):
             nn.init.kaiming_normal_(layer.weight, a=SLOPE)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
