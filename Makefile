@@ -17,8 +17,8 @@ demo: $(STAMP) ## train two methods on synthetic scans, print the leaderboard, w
 	$(PY) benchmarks/leaderboard.py --results $(DEMO)
 	$(PY) benchmarks/report.py --results $(DEMO)
 
-test: $(STAMP) ## run the tests (PYTEST_ARGS are passed on)
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests, a worker per core (PYTEST_ARGS are passed on)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check .

@@ -1,16 +1,23 @@
 """The field's augmentation: rotation by 90 degrees and a flip in the plane of the first two axes, then a random crop.
 
 All randomness is drawn first; applying is deterministic and runs on the device of the data. Only the crop is ever
-rotated: a crop of the rotated volume is a rotated crop of the volume.
-Source: UA-MT dataloaders (RandomRotFlip, RandomCrop), also SSL4MIS, DTC, MCF.
+rotated: a crop of the rotated volume is a rotated crop of the volume. Strong views change the intensities of a crop and
+leave its geometry alone, so that labels of the crop stay true; boxes to mix two crops are drawn by torch.
+Source: UA-MT dataloaders (RandomRotFlip, RandomCrop), also SSL4MIS, DTC, MCF; for strong views and boxes, what color
+jitter, blur and CutMix of UniMatch are on gray volumes.
 """
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NAMES = ("rotflip",)
+JITTER, BLUR = 0.8, 0.5  # how often a strong view has other intensities, and how often it is blurred
+CONTRAST, BRIGHTNESS, SIGMA = (0.5, 1.5), (-0.5, 0.5), (0.1, 2.0)
+STRETCH = 0.6  # a box's sides differ by at most exp(2 * STRETCH), 3.3
+TRIES = 16  # boxes drawn at once for each that is needed; none of them fits less than once in 1e13
 
 
 class View(NamedTuple):
@@ -68,3 +75,72 @@ def apply(volume: Tensor, view: View, out: Tensor) -> None:
     if crop.shape != out.shape:
         out.zero_()
     out[tuple(target)] = torch.flip(crop, [lead + axis for axis in view.flips]) if view.flips else crop
+
+
+class Strong(NamedTuple):
+    """A strong view: contrast is a factor about the mean, brightness is in standard deviations, sigma in voxels."""
+
+    contrast: float = 1.0
+    brightness: float = 0.0
+    brightness_first: bool = False
+    sigma: float = 0.0
+
+
+def draw_strong(rng: np.random.Generator) -> Strong:
+    """A random strong view: contrast and brightness in random order, then blur, either or both of them."""
+    strong = Strong()
+    if rng.random() < JITTER:
+        strong = Strong(rng.uniform(*CONTRAST), rng.uniform(*BRIGHTNESS), bool(rng.integers(2)))
+    if rng.random() < BLUR:
+        strong = strong._replace(sigma=rng.uniform(*SIGMA))
+    return strong
+
+
+def apply_strong(image: Tensor, strong: Strong) -> Tensor:
+    """The strong view of a crop (C, *space) float32; mean and standard deviation are each channel's own."""
+    space = tuple(range(1, image.ndim))
+    for brighten in (strong.brightness_first, not strong.brightness_first):
+        if brighten and strong.brightness:
+            image = image + strong.brightness * image.std(space, keepdim=True)
+        elif not brighten and strong.contrast != 1:
+            mean = image.mean(space, keepdim=True)
+            image = (image - mean) * strong.contrast + mean
+    return blur(image, strong.sigma) if strong.sigma else image
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (C, *space), sigma in voxels; edges are repeated and the kernel ends at 4 sigma, as in scipy."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    kernel = (kernel / kernel.sum())[None, None]
+    for axis in range(1, image.ndim):
+        lines = image.movedim(axis, -1)
+        padded = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (radius, radius), mode="replicate")
+        image = F.conv1d(padded, kernel).view(lines.shape).movedim(-1, axis)
+    return image.contiguous()
+
+
+def boxes(count: int, space: tuple[int, ...], probability: float, share: tuple[float, float], device) -> Tensor:
+    """Random boxes as masks (count, *space) bool; a mask is empty unless with `probability`.
+
+    A box has a share of all voxels that is uniform in `share`, and sides stretched against each other; one with a side
+    longer than the patch is not used. torch's generator of the device draws, without waiting for the device: several
+    boxes at once, of which the first that fits is taken.
+    """
+    dims = len(space)
+    stretch = torch.empty(count, TRIES, dims, device=device).uniform_(-STRETCH, STRETCH)
+    root = torch.empty(count, TRIES, 1, device=device).uniform_(*share) ** (1 / dims)
+    relative = root * torch.exp(stretch - stretch.mean(-1, keepdim=True))
+    sides = torch.stack([(relative[..., axis] * side).round() for axis, side in enumerate(space)], -1)
+    fits = torch.stack([sides[..., axis] <= side for axis, side in enumerate(space)], -1).all(-1)
+    first = fits.int().argmax(1)[:, None, None]
+    sides, place = sides.take_along_dim(first, 1)[:, 0], torch.rand(count, dims, device=device)
+    mask = (torch.rand(count, device=device) < probability).view(-1, *[1] * dims)
+    for axis, side in enumerate(space):
+        width = sides[:, axis, None].clamp(max=side)
+        start = (place[:, axis, None] * (side - width + 1)).floor()
+        voxels = torch.arange(side, device=device)
+        inside = (voxels >= start) & (voxels < start + width)
+        mask = mask & inside.view(count, *[side if other == axis else 1 for other in range(dims)])
+    return mask

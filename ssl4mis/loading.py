@@ -11,7 +11,8 @@ from ssl4mis import augment
 from ssl4mis.batch import Batch, Half
 from ssl4mis.method import Needs
 
-LABELED, UNLABELED, VIEW, NOISE = range(4)  # streams of randomness that never share a seed
+# Streams of randomness that never share a seed; new ones go to the end, or recorded runs would be other runs.
+LABELED, UNLABELED, VIEW, NOISE, STRONG, PARTNER, PARTNER_VIEW, PARTNER_STRONG = range(8)
 NOTHING = Needs()
 
 
@@ -72,20 +73,50 @@ class Loader:
     def batch(self, stage: int, step: int) -> Batch:
         """The batch of a step: image (B, C, *patch) float32, labels uint8."""
         labeled, unlabeled = self.indices(stage, step)
-        count = len(labeled)
-        image = torch.empty((count + len(unlabeled), self.channels, *self.patch), dtype=self.dtype, device=self.home)
+        count, first = len(labeled), len(self.cases[0])
+        indices = labeled + [first + index for index in unlabeled]
+        views = self._views(indices, stage, VIEW, step)
+        image, names = self._crops(indices, views), self.names(stage, step)
         label = torch.empty((count, *self.patch), dtype=torch.uint8, device=self.home)
-        for slot, index in enumerate(labeled + [len(self.cases[0]) + i for i in unlabeled]):
-            volume = self.images[index]
-            rng = stream(self.seed, stage, VIEW, step, slot)
-            view = augment.draw(rng, tuple(volume.shape[1:]), self.patch, self.augmentation)
-            augment.apply(volume, view, image[slot])
-            if slot < count:
-                augment.apply(self.labels[index], view, label[slot])
-        image, label = image.to(self.device, torch.float32), label.to(self.device)
-        names = self.names(stage, step)
-        return Batch(image, Half(image[:count], label, tuple(names[:count])),
-                     Half(image[count:], None, tuple(names[count:])))
+        for slot, index in enumerate(labeled):
+            augment.apply(self.labels[index], views[slot], label[slot])
+        return Batch(image, Half(image[:count], label.to(self.device), tuple(names[:count])),
+                     self._unlabeled(image[count:], indices[count:], views[count:], stage, STRONG, step),
+                     self._partner(stage, step) if self.needs.partner and unlabeled else None)
+
+    def _partner(self, stage: int, step: int) -> Half:
+        """Another draw of unlabeled samples, from a chain of its own."""
+        cases, size = self.cases[1], self.sizes[1]
+        indices = [len(self.cases[0]) + chain(len(cases), step * size + slot, self.seed, stage, PARTNER)
+                   for slot in range(size)]
+        views = self._views(indices, stage, PARTNER_VIEW, step)
+        return self._unlabeled(self._crops(indices, views), indices, views, stage, PARTNER_STRONG, step)
+
+    def _views(self, indices, stage: int, kind: int, step: int) -> list[augment.View]:
+        return [augment.draw(stream(self.seed, stage, kind, step, slot), tuple(self.images[index].shape[1:]),
+                             self.patch, self.augmentation) for slot, index in enumerate(indices)]
+
+    def _crops(self, indices, views) -> torch.Tensor:
+        """(B, C, *patch) float32 on the device."""
+        image = torch.empty((len(indices), self.channels, *self.patch), dtype=self.dtype, device=self.home)
+        for slot, (index, view) in enumerate(zip(indices, views, strict=True)):
+            augment.apply(self.images[index], view, image[slot])
+        return image.to(self.device, torch.float32)
+
+    def _unlabeled(self, image, indices, views, stage: int, kind: int, step: int) -> Half:
+        """A half without labels, with strong views and what is inside the volumes where the method needs them."""
+        names = tuple(self.cases[1][index - len(self.cases[0])] for index in indices)
+        if not self.needs.strong:
+            return Half(image, None, names)
+        strong = torch.empty((self.needs.strong, *image.shape), device=self.device)
+        valid = torch.empty((len(indices), *self.patch), dtype=torch.bool, device=self.device)
+        inside = torch.ones((), dtype=torch.bool, device=self.device)
+        for slot, (index, view) in enumerate(zip(indices, views, strict=True)):
+            rng = stream(self.seed, stage, kind, step, slot)
+            for one in strong:
+                one[slot] = augment.apply_strong(image[slot], augment.draw_strong(rng))
+            augment.apply(inside.expand(self.images[index].shape[1:]), view, valid[slot])
+        return Half(image, None, names, tuple(strong), valid)
 
 
 def noise_seed(seed: int, stage: int, step: int) -> int:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are tiny, and workers run side by side
+
 import numpy as np
 import pytest
 

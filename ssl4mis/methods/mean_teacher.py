@@ -1,7 +1,7 @@
 """Mean Teacher (Tarvainen & Valpola, NeurIPS 2017), as segmentation uses it (SSL4MIS).
 
-The student must agree with a moving average of itself on unlabeled images under small noise. The average changes slowly,
-so that its predictions are steadier targets than the student's own.
+The student must agree with a moving average of itself on unlabeled images under small noise. The average changes
+slowly, so that its predictions are steadier targets than the student's own.
 
 Paper: Mean teachers are better role models, arXiv 1703.01780.
 Code: HiLab-git/SSL4MIS, train_mean_teacher_3D.py.

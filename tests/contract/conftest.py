@@ -81,9 +81,10 @@ class Setting:
         return method.to(memory_format=channels_last(self.dims)).train()
 
     def spec(self, **changes):
-        unlabeled = 2 if self.cls.needs.unlabeled and self.unlabeled else 0
+        labeled = 2 * self.cls.needs.multiple
+        unlabeled = labeled if self.cls.needs.unlabeled and self.unlabeled else 0
         return RunSpec(**{"method": "contract", "width": 2, "patch": list(self.patch), "iterations": 6,
-                          "labeled_batch": 2, "unlabeled_batch": unlabeled, "augmentation": ["rotflip"],
+                          "labeled_batch": labeled, "unlabeled_batch": unlabeled, "augmentation": ["rotflip"],
                           "precision": "32-true"} | changes)
 
     def loader(self, store=None):

@@ -11,6 +11,9 @@ METHOD = "method not in the suite yet"
 NETWORK = "network not in the suite yet"
 COVERED = {
     "augmentation_3d": "test_augmentation_golden.py",
+    "corrmatch_correlation": "test_corrmatch_golden.py",
+    "corrmatch_step": "test_corrmatch_golden.py",
+    "corrmatch_threshold": "test_corrmatch_golden.py",
     "cps": "test_cps_golden.py",
     "dtc": "test_dtc_golden.py",
     "dtc_sdf": "test_dtc_golden.py",
@@ -47,9 +50,6 @@ NOT_COVERED = {
     "bcp_pancreas": METHOD,
     "cct": METHOD,
     "cml": METHOD,
-    "corrmatch_correlation": METHOD,
-    "corrmatch_step": METHOD,
-    "corrmatch_threshold": METHOD,
     "dan": METHOD,
     "dct": METHOD,
     "dycon": METHOD,

@@ -1,11 +1,12 @@
-"""Turn and crop against numpy, and the starts that the authors' code can draw."""
+"""Turn and crop against numpy, the starts that the authors' code can draw, strong views and boxes."""
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from ssl4mis import augment
-from ssl4mis.augment import View
+from ssl4mis.augment import Strong, View
 
 
 def oracle(volume, turns, axis, start, margin, patch):
@@ -101,3 +102,104 @@ def test_padded_volumes_stay_inside_their_padding():
 def test_without_augmentation_only_crops():
     view = augment.draw(np.random.default_rng(0), (20, 20), (8, 8), ())
     assert (view.transpose, view.flips, view.margin) == (False, (), (0, 0))
+
+
+def drawn(count=4000):
+    return [augment.draw_strong(np.random.default_rng([7, index])) for index in range(count)]
+
+
+def test_strong_views_are_drawn_as_often_as_stated():
+    views = drawn()
+    jittered, blurred = [v for v in views if v.contrast != 1], [v for v in views if v.sigma]
+    assert len(jittered) == len([v for v in views if v.brightness]) == pytest.approx(0.8 * 4000, abs=80)
+    assert len(blurred) == pytest.approx(0.5 * 4000, abs=100)
+    assert len([v for v in jittered if v.brightness_first]) == pytest.approx(0.4 * 4000, abs=100)
+    assert len([v for v in jittered if v.sigma]) == pytest.approx(0.4 * 4000, abs=100)
+    for values, low, high in (([v.contrast for v in jittered], 0.5, 1.5), ([v.brightness for v in jittered], -0.5, 0.5),
+                              ([v.sigma for v in blurred], 0.1, 2.0)):
+        span = high - low
+        assert low <= min(values) < low + span / 50 and high - span / 50 < max(values) <= high
+        assert np.mean(values) == pytest.approx((low + high) / 2, abs=span / 20)
+
+
+def test_a_strong_view_is_a_function_of_the_generator():
+    assert drawn(20) == drawn(20) and len(set(drawn(20))) > 15
+
+
+@pytest.mark.parametrize("space", [(9, 7), (9, 7, 5)])
+def test_intensities_of_a_strong_view(space):
+    """Each channel by its own mean and standard deviation, one after the other."""
+    image = torch.randn(2, *space) * 3 + 5
+    x = image.double().numpy().reshape(2, -1)
+
+    def contrast(x):
+        return (x - x.mean(1, keepdims=True)) * 1.4 + x.mean(1, keepdims=True)
+
+    def brightness(x):
+        return x + 0.3 * x.std(1, ddof=1, keepdims=True)
+
+    for first, expected in ((False, brightness(contrast(x))), (True, contrast(brightness(x)))):
+        found = augment.apply_strong(image, Strong(1.4, 0.3, first)).numpy()
+        np.testing.assert_allclose(found.reshape(2, -1), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(brightness(contrast(x)), contrast(brightness(x)))
+    assert torch.equal(augment.apply_strong(image, Strong()), image)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4, 1.0, 2.0])
+@pytest.mark.parametrize("space", [(13, 8), (9, 14, 6)])
+def test_blur_is_that_of_scipy(space, sigma):
+    image = torch.randn(2, *space)
+    expected = np.stack([gaussian_filter(channel, sigma, mode="nearest") for channel in image.double().numpy()])
+    for found in (augment.blur(image, sigma), augment.apply_strong(image, Strong(sigma=sigma))):
+        assert found.shape == image.shape and found.is_contiguous()
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def corners(mask):
+    """First corner and sides of the box around a mask, and whether the mask fills it."""
+    found = [np.flatnonzero(mask.any(axis=tuple({*range(mask.ndim)} - {axis}))) for axis in range(mask.ndim)]
+    spans = np.array([places[-1] - places[0] + 1 for places in found])
+    return np.array([places[0] for places in found]), spans, np.prod(spans) == mask.sum()
+
+
+@pytest.mark.parametrize("space", [(48, 32), (32, 24, 40)])
+def test_boxes(space):
+    torch.manual_seed(0)
+    masks = augment.boxes(2000, space, 0.5, (0.02, 0.4), "cpu")
+    assert masks.shape == (2000, *space) and masks.dtype == torch.bool
+    full = masks[masks.flatten(1).any(1)].numpy()
+    assert len(full) == pytest.approx(1000, abs=100)
+    starts, spans, boxes = map(np.array, zip(*map(corners, full), strict=True))
+    assert boxes.all()
+    relative, shares = spans / space, full.mean(axis=tuple(range(1, full.ndim)))
+    assert 0.014 < shares.min() < 0.03 and 0.38 < shares.max() < 0.43
+    assert np.histogram(shares, [0.02, 0.1, 0.2, 0.3, 0.4])[0] == pytest.approx([210, 265, 260, 250], abs=70)
+    stretch = relative.max(1) / relative.min(1)
+    assert 2.3 < stretch.max() < 3.8 and stretch.min() < 1.2
+    assert relative.argmax(1).mean() == pytest.approx((len(space) - 1) / 2, abs=0.12), "axes differ"
+    room = space - spans
+    for axis in range(len(space)):
+        place = (starts / np.maximum(room, 1))[room[:, axis] > 4, axis]
+        assert place.min() == 0 and place.max() == 1 and place.mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_boxes_reach_every_corner_and_never_leave_the_patch():
+    torch.manual_seed(0)
+    masks = augment.boxes(400, (6, 5), 1.0, (0.3, 0.4), "cpu")
+    assert masks.flatten(1).any(1).all()
+    for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert masks[(slice(None), *corner)].any()
+    assert all(corners(mask)[2] for mask in masks.numpy())
+
+
+def test_no_boxes():
+    assert not augment.boxes(20, (8, 8, 8), 0.0, (0.02, 0.4), "cpu").any()
+
+
+def test_boxes_follow_torchs_generator():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return augment.boxes(3, (16, 16, 16), 1.0, (0.02, 0.4), "cpu")
+
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    assert len({mask.numpy().tobytes() for mask in drawn(1)}) == 3, "samples share a box"

@@ -1,11 +1,14 @@
 """Batches: a pure function of seed, stage and step; what is read and what is not; image and label aligned."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 from ssl4mis import augment
-from ssl4mis.loading import VIEW, Loader, chain, noise_seed, stream
+from ssl4mis.loading import PARTNER_STRONG, PARTNER_VIEW, STRONG, VIEW, Loader, chain, noise_seed, stream
+from ssl4mis.method import Needs
 
 SIZES = {"a": (20, 24, 18), "b": (18, 17, 20), "c": (12, 30, 16), "d": (19, 19, 19), "e": (9, 9, 9), "f": (17, 17, 33)}
 LABELED, UNLABELED = ("a", "b", "c"), ("d", "e", "f")
@@ -30,8 +33,8 @@ class Store:
         return (self.values(case) % 251).astype(np.uint8)
 
 
-def make(store=None, batch=(2, 2), seed=0, patch=PATCH, augmentation=("rotflip",), dtype=torch.float32):
-    return Loader(store or Store(), LABELED, UNLABELED, patch, batch, seed, augmentation, "cpu", dtype)
+def make(store=None, batch=(2, 2), seed=0, patch=PATCH, augmentation=("rotflip",), dtype=torch.float32, **needs):
+    return Loader(store or Store(), LABELED, UNLABELED, patch, batch, seed, augmentation, "cpu", dtype, Needs(**needs))
 
 
 def same(one, two) -> bool:
@@ -163,3 +166,85 @@ def test_noise_seeds_differ_by_seed_stage_and_step():
     assert len(set(seeds)) == len(seeds)
     assert seeds == [noise_seed(*key) for key in keys]
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(("batch", "key", "cases", "sha256"), [
+    ((2, 2), (0, 0), ("b", "c", "d", "e"), "cd4427a45c222685"),
+    ((2, 2), (1, 3), ("b", "a", "d", "f"), "2062ea9a86e5f01a"),
+    ((1, 3), (0, 7), ("c", "f", "e", "d"), "4904feea847e74ba"),
+])
+@pytest.mark.parametrize("needs", [{}, {"strong": 2, "partner": True}])
+def test_batches_of_recorded_runs_stay_what_they_are(batch, key, cases, sha256, needs):
+    made = make(batch=batch, seed=5, **needs).batch(*key)
+    assert made.labeled.cases + made.unlabeled.cases == cases
+    content = made.image.numpy().tobytes() + made.labeled.label.numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == sha256
+    assert noise_seed(5, 1, 3) == 3992927421057959829
+
+
+def halves(loader, keys):
+    for key in keys:
+        batch = loader.batch(*key)
+        yield key, batch.unlabeled, STRONG, VIEW, len(batch.labeled.cases)
+        yield key, batch.partner, PARTNER_STRONG, PARTNER_VIEW, 0
+
+
+def test_strong_views_and_what_is_valid():
+    """Of unlabeled samples and of their partners, each from streams of its own."""
+    store, strong = Store(), set()
+    for (stage, step), half, kind, view_kind, first in halves(make(store, strong=2, partner=True, batch=(1, 2)),
+                                                              [(0, 0), (0, 1), (1, 0)]):
+        assert half.label is None and half.image.shape == (2, 1, *PATCH) and len(half.strong) == 2
+        assert half.valid.dtype == torch.bool
+        for slot, case in enumerate(half.cases):
+            view = augment.draw(stream(0, stage, view_kind, step, first + slot), SIZES[case], PATCH, ("rotflip",))
+            whole = np.pad(turned(store.values(case), view), [(m, m) for m in view.margin])
+            crop = whole[tuple(slice(s, s + p) for s, p in zip(view.start, PATCH, strict=True))]
+            assert np.array_equal(half.image[slot, 0], crop)
+            assert np.array_equal(half.valid[slot], crop > 0)
+            rng = stream(0, stage, kind, step, slot)
+            for image in half.strong:
+                drawn = augment.draw_strong(rng)
+                strong.add(drawn)
+                assert torch.equal(image[slot], augment.apply_strong(half.image[slot], drawn))
+    assert len(strong) > 20, "strong views share their randomness"
+
+
+def test_partners_come_from_a_chain_of_their_own():
+    loader = make(partner=True, batch=(1, 2))
+    batches = [loader.batch(0, step) for step in range(9)]
+    mine = [case for batch in batches for case in batch.unlabeled.cases]
+    theirs = [case for batch in batches for case in batch.partner.cases]
+    for start in range(0, 18, 3):
+        assert sorted(theirs[start:start + 3]) == sorted(UNLABELED)
+    assert mine != theirs
+    assert not any(torch.equal(batch.partner.image, batch.unlabeled.image) for batch in batches)
+    assert batches[0].partner.strong == () and batches[0].partner.valid is None
+
+
+def test_strong_views_and_partners_are_functions_of_stage_and_step():
+    keys, first, fresh = [(0, 0), (0, 1), (1, 0)], make(strong=1, partner=True), make(strong=1, partner=True)
+    found = {key: first.batch(*key) for key in keys}
+    for key in reversed(keys):
+        again = fresh.batch(*key)
+        for half in ("unlabeled", "partner"):
+            mine, theirs = getattr(found[key], half), getattr(again, half)
+            assert torch.equal(mine.image, theirs.image) and torch.equal(mine.strong[0], theirs.strong[0])
+            assert torch.equal(mine.valid, theirs.valid) and mine.cases == theirs.cases
+    other = make(strong=1, partner=True, seed=1).batch(0, 0)
+    assert not torch.equal(other.partner.image, found[0, 0].partner.image)
+
+
+def test_only_what_a_method_needs_is_made():
+    plain, all_labeled = make().batch(0, 0), make(batch=(2, 0), strong=1, partner=True).batch(0, 0)
+    assert plain.partner is None and plain.unlabeled.strong == () and plain.unlabeled.valid is None
+    assert all_labeled.partner is None and len(all_labeled.unlabeled.image) == 0
+    strong = make(strong=1).batch(0, 0)
+    assert strong.partner is None and strong.labeled.strong == () and strong.labeled.valid is None
+
+
+def test_strong_views_are_of_the_rounded_image_where_storage_is_half():
+    batch = make(Store(scale=1e-4), dtype=torch.float16, strong=1).batch(0, 0)
+    assert batch.unlabeled.strong[0].dtype == torch.float32
+    drawn = augment.draw_strong(stream(0, 0, STRONG, 0, 0))
+    assert torch.equal(batch.unlabeled.strong[0][0], augment.apply_strong(batch.unlabeled.image[0], drawn))
