@@ -274,6 +274,9 @@ def check_values(spec: RunSpec, dims: int) -> None:
         at_least(0, name, getattr(spec, name))
     if spec.unlabeled_batch and not method.needs.unlabeled:
         raise UserError(f"unlabeled_batch {spec.unlabeled_batch}: method {spec.method} expects 0")
+    if method.needs.equal and spec.unlabeled_batch not in (0, spec.labeled_batch):
+        raise UserError(f"unlabeled_batch {spec.unlabeled_batch}: method {spec.method} expects as many as "
+                        f"labeled_batch, {spec.labeled_batch}")
     for name in ("labeled_batch", "unlabeled_batch"):
         if getattr(spec, name) % method.needs.multiple:
             raise UserError(f"{name} {getattr(spec, name)}: method {spec.method} expects a multiple of "

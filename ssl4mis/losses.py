@@ -9,29 +9,42 @@ from torch.nn import functional as F
 SMOOTH = 1e-5
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean voxel cross-entropy."""
-    return F.cross_entropy(logits, label.long())
+def cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean voxel cross-entropy, over the voxels of a mask (B, *space) where one is given; 0 where it is empty."""
+    if mask is None:
+        return F.cross_entropy(logits, label.long())
+    return (F.cross_entropy(logits, label.long(), reduction="none") * mask).sum() / (mask.sum() + 1e-16)
 
 
-def dice(probability: Tensor, label: Tensor, classes: str = "all") -> Tensor:
-    """1 - soft Dice with squared denominators, sums over batch and voxels, mean over classes.
+def dice(probability: Tensor, label: Tensor, classes: str = "all", mask: Tensor | None = None,
+         squared: bool = True, per_sample: bool = False, smooth: float = SMOOTH) -> Tensor:
+    """1 - soft Dice, mean over classes; by default with squared denominators and sums over batch and voxels.
 
-    `classes`: "all" (SSL4MIS) or "foreground" (UA-MT, DTC, MCF). ValueError for other values.
+    Args:
+        probability, label: as above.
+        classes: "all" (SSL4MIS) or "foreground" (UA-MT, DTC, MCF). ValueError for other values.
+        mask: (B, *space) bool, the voxels that count.
+        squared: whether probabilities are squared in the denominator (not in BCP on LA, CML, MC-Net).
+        per_sample: a Dice of each sample, then their mean (BCP on LA, CML).
+        smooth: added to both parts of the fraction.
     """
     if classes not in ("all", "foreground"):
         raise ValueError(f"dice classes {classes!r}: expected all or foreground")
     first = 1 if classes == "foreground" else 0
+    axes = tuple(range(1 if per_sample else 0, probability.ndim - 1))
     terms = []
     for index in range(first, probability.shape[1]):
         p, y = probability[:, index], (label == index).to(probability.dtype)
-        terms.append(1 - (2 * (p * y).sum() + SMOOTH) / (p.square().sum() + y.sum() + SMOOTH))
+        if mask is not None:
+            p, y = p * mask, y * mask
+        size = p.square() if squared else p
+        terms.append(1 - (2 * (p * y).sum(axes) + smooth) / (size.sum(axes) + y.sum(axes) + smooth))
     return torch.stack(terms).mean()
 
 
-def segmentation(logits: Tensor, label: Tensor, classes: str = "all") -> Tensor:
-    """The supervised loss of the field: 0.5 (cross-entropy + Dice)."""
-    return 0.5 * (cross_entropy(logits, label) + dice(logits.softmax(1), label, classes))
+def segmentation(logits: Tensor, label: Tensor, classes: str = "all", mask: Tensor | None = None, **kind) -> Tensor:
+    """The supervised loss of the field: 0.5 (cross-entropy + Dice), on a mask where given; `kind` goes to `dice`."""
+    return 0.5 * (cross_entropy(logits, label, mask) + dice(logits.softmax(1), label, classes, mask, **kind))
 
 
 def softmax_mse(logits: Tensor, target: Tensor) -> Tensor:

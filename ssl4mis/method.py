@@ -50,12 +50,14 @@ class Needs:
     Attributes:
         unlabeled: unlabeled samples; a method that needs none is a supervised one.
         multiple: both batch sizes must be multiples of it.
+        equal: as many unlabeled samples as labeled ones.
         strong: how many strongly augmented views of every unlabeled sample.
         partner: another draw of unlabeled samples to mix with.
     """
 
     unlabeled: bool = True
     multiple: int = 1
+    equal: bool = False
     strong: int = 0
     partner: bool = False
 
@@ -132,18 +134,20 @@ def at_least_one(hp, *names: str) -> None:
 class Teacher(nn.Module):
     """An exponential moving average of a network's parameters, without gradients.
 
-    In training it stays in train mode, dropout active, and keeps its own batch-norm statistics, as in UA-MT and
-    SSL4MIS: only parameters are averaged.
+    In training it stays in train mode, dropout active, and gathers batch-norm statistics of its own, as in UA-MT and
+    SSL4MIS.
 
     Args:
         student: what it starts as.
         decay: of the average.
         warm_up: whether the decay is smaller in the first steps; the first one then copies the student.
+        average: "parameters", or "state" for batch-norm statistics too (BCP on ACDC).
     """
 
-    def __init__(self, student: nn.Module, decay: float, warm_up: bool = True):
+    def __init__(self, student: nn.Module, decay: float, warm_up: bool = True, average: str = "parameters"):
         super().__init__()
-        self.net, self.decay, self.warm_up = copy.deepcopy(student).requires_grad_(False), decay, warm_up
+        self.net, self.decay = copy.deepcopy(student).requires_grad_(False), decay
+        self.warm_up, self.average = warm_up, average
 
     @torch.no_grad()
     def forward(self, image: Tensor):
@@ -156,6 +160,10 @@ class Teacher(nn.Module):
         decay = ema_decay(step, self.decay) if self.warm_up else torch.tensor(self.decay, dtype=torch.float64)
         share = (1 - decay).to(mine[0].device, mine[0].dtype)
         torch._foreach_lerp_(mine, theirs, [share] * len(mine))
+        if self.average == "state":
+            for statistic, other in zip(self.net.buffers(), student.buffers(), strict=True):
+                if statistic.is_floating_point():  # counters and index tables are no averages
+                    statistic.lerp_(other, share)
 
     @torch.no_grad()
     def copy(self, student: nn.Module) -> None:

@@ -11,6 +11,9 @@ METHOD = "method not in the suite yet"
 NETWORK = "network not in the suite yet"
 COVERED = {
     "augmentation_3d": "test_augmentation_golden.py",
+    "bcp_acdc": "test_bcp_golden.py",
+    "bcp_la": "test_bcp_golden.py",
+    "bcp_pancreas": "test_bcp_golden.py",
     "corrmatch_correlation": "test_corrmatch_golden.py",
     "corrmatch_step": "test_corrmatch_golden.py",
     "corrmatch_threshold": "test_corrmatch_golden.py",
@@ -45,9 +48,6 @@ NOT_COVERED = {
     "ac_mt_entropy": METHOD,
     "ac_mt_model_uncertainty": METHOD,
     "ac_mt_prototype_error": METHOD,
-    "bcp_acdc": METHOD,
-    "bcp_la": METHOD,
-    "bcp_pancreas": METHOD,
     "cct": METHOD,
     "cml": METHOD,
     "dan": METHOD,

@@ -230,6 +230,14 @@ def test_values_that_cannot_work_are_turned_away_before_the_run(capsys, options)
     assert name.split(".")[-1] in turned_away(capsys, f"{USER} {options}")
 
 
+@pytest.mark.parametrize(("options", "expected"), [
+    ("--labeled_batch 4 --unlabeled_batch 2", "unlabeled_batch 2: method bcp expects as many as labeled_batch, 4"),
+    ("--labeled_batch 3 --unlabeled_batch 3", "labeled_batch 3: method bcp expects a multiple of 2")])
+def test_bcp_pastes_pairs_of_as_many_samples(capsys, options, expected):
+    assert expected in turned_away(capsys, f"--method bcp {options}")
+    assert one("--method bcp --labeled_batch 2 --unlabeled_batch 2").unlabeled_batch == 2
+
+
 def test_supervised_takes_no_unlabeled_batch(capsys):
     assert "unlabeled_batch" in turned_away(capsys, "--method supervised --unlabeled_batch 2")
 

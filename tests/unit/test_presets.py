@@ -79,19 +79,20 @@ def test_known_answers(line, expected):
 
 
 def test_the_command_line_goes_over_the_preset(bcp):
-    line = bcp({"box": 0.5, "weight": 0.25}, {"labeled_batch": 6, "schedule": "poly"}, 123)
+    both = {"labeled_batch": 6, "unlabeled_batch": 6}
+    line = bcp({"box": 0.5, "weight": 0.25}, {**both, "schedule": "poly"}, 123)
     spec = one(line)
     assert (spec.hp["box"], spec.hp["weight"], spec.labeled_batch, spec.schedule, spec.iterations) == (
         0.5, 0.25, 6, "poly", 123)
-    spec = one(f"{line} --hp.box 0.75 --labeled_batch 8 --iterations 10")
+    spec = one(f"{line} --hp.box 0.75 --labeled_batch 8 --unlabeled_batch 8 --iterations 10")
     assert (spec.hp["box"], spec.hp["weight"], spec.labeled_batch, spec.schedule, spec.iterations) == (
         0.75, 0.25, 8, "poly", 10)
 
 
 def test_a_config_file_goes_over_the_preset(bcp, tmp_path):
-    line = bcp({"box": 0.5}, {"labeled_batch": 6}, 123)
+    line = bcp({"box": 0.5}, {"labeled_batch": 6, "unlabeled_batch": 6}, 123)
     file = tmp_path / "run.yaml"
-    file.write_text("labeled_batch: 8\niterations: 10\nhp:\n  weight: 0.25\n")
+    file.write_text("labeled_batch: 8\nunlabeled_batch: 8\niterations: 10\nhp:\n  weight: 0.25\n")
     spec = one(f"{line} --config {file}")
     assert (spec.hp["box"], spec.hp["weight"], spec.labeled_batch, spec.iterations) == (0.5, 0.25, 8, 10)
 
