@@ -9,7 +9,6 @@ from monai.networks.nets.attentionunet import AttentionBlock, ConvBlock, UpConv
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import strides
 from networks.borrowed import Decoder, exact
 
 LEVELS = 5
@@ -34,23 +33,13 @@ class AttentionUNet(Backbone):
 
     def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims, self.drop_rates = spec.dims, spec.dropout
-        self.encoder_channels = tuple(spec.width * 2**level for level in range(LEVELS))
-        self.decoder_channels = self.encoder_channels[:-1]
-        self.encoder_strides = strides(spec.dims, LEVELS)
-        self.multiple = self.encoder_strides[-1]
+        self.describe_levels(spec, LEVELS)
+        self.drop_rates = spec.dropout
         inputs = (spec.channels, *self.encoder_channels)
         self.stages = exact(nn.ModuleList(
             ConvBlock(spec.dims, inputs[level], inputs[level + 1], strides=2 if level else 1)
             for level in range(LEVELS)))
         self.decoder = self.new_decoder()
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
 
     def new_decoder(self) -> Decoder:
         channels = self.encoder_channels

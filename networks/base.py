@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from networks.blocks import CONV
+from networks.blocks import CONV, strides
 
 
 class PatchError(ValueError):
@@ -77,9 +77,21 @@ class Backbone(nn.Module):
     multiple: tuple[int, ...]
     head_bias: bool = True
 
+    def describe_levels(self, spec: NetSpec, levels: int) -> None:
+        """Set the attributes of a network that doubles channels and halves sides from each level to the next."""
+        self.spatial_dims = spec.dims
+        self.encoder_channels = tuple(spec.width * 2**level for level in range(levels))
+        self.decoder_channels = self.encoder_channels[:-1]
+        self.encoder_strides = strides(spec.dims, levels)
+        self.multiple = self.encoder_strides[-1]
+
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Image (B, C, *space) -> encoder features, fine to coarse."""
-        raise TypeError(f"{type(self).__name__} does not say how it encodes")
+        """Image (B, C, *space) -> encoder features, fine to coarse; by default what `stages` give one after another."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
 
     def decode(self, skips: list[Tensor]) -> list[Tensor]:
         """Encoder features -> decoder features, fine to coarse."""

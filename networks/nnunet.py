@@ -123,13 +123,6 @@ class NNUNet(Backbone):
             block(spec.dims, *shape) for shape in zip(inputs, plan.channels, plan.kernels, steps, strict=True)))
         self.decoder = self.new_decoder()
 
-    def encode(self, x: Tensor) -> list[Tensor]:
-        skips = []
-        for stage in self.stages:
-            x = stage(x)
-            skips.append(x)
-        return skips
-
     def new_decoder(self) -> Decoder:
         return self.initialize(Decoder(self.spatial_dims, self.plan, self.drop_rates))
 

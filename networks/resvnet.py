@@ -6,7 +6,7 @@ Source: Wang et al., CVPR 2023 (MCF), and the released behavior of WYC-321/MCF; 
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import BATCH_NORM, CONV, kaiming, strides
+from networks.blocks import BATCH_NORM, CONV, kaiming
 from networks.vnet import Decoder
 
 DEPTHS = (3, 4, 6, 3)  # residual blocks per stage behind the stem
@@ -44,11 +44,7 @@ class ResVNet(Backbone):
 
     def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims, levels = spec.dims, len(DEPTHS) + 1
-        self.encoder_channels = tuple(spec.width * 2**level for level in range(levels))
-        self.decoder_channels = self.encoder_channels[:-1]
-        self.encoder_strides = strides(spec.dims, levels)
-        self.multiple = self.encoder_strides[-1]
+        self.describe_levels(spec, len(DEPTHS) + 1)
         self.stages = nn.ModuleList([nn.Sequential(
             CONV[spec.dims](spec.channels, spec.width, 7, padding=3, bias=False),
             BATCH_NORM[spec.dims](spec.width), nn.ReLU(inplace=True))])
@@ -58,13 +54,6 @@ class ResVNet(Backbone):
         self.initialize(self.stages)
         self.drop_rates = (DROPOUT,) if spec.dropout is None else spec.dropout
         self.decoder = self.new_decoder()
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        skips = []
-        for stage in self.stages:
-            x = stage(x)
-            skips.append(x)
-        return skips
 
     def new_decoder(self) -> Decoder:
         return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates))

@@ -9,7 +9,6 @@ from monai.networks.blocks.segresnet_block import ResBlock, get_conv_layer, get_
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import strides
 from networks.borrowed import Decoder, exact
 
 DEPTHS = (1, 2, 2, 4)  # residual blocks per encoder level; the decoder has one per level
@@ -35,12 +34,8 @@ class SegResNet(Backbone):
 
     def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims, self.drop_rates, levels = spec.dims, spec.dropout, len(DEPTHS)
-        self.groups = math.gcd(GROUPS, spec.width)
-        self.encoder_channels = tuple(spec.width * 2**level for level in range(levels))
-        self.decoder_channels = self.encoder_channels[:-1]
-        self.encoder_strides = strides(spec.dims, levels)
-        self.multiple = self.encoder_strides[-1]
+        self.describe_levels(spec, len(DEPTHS))
+        self.drop_rates, self.groups = spec.dropout, math.gcd(GROUPS, spec.width)
         self.stages, inputs = nn.ModuleList(), spec.channels
         for level, (depth, outputs) in enumerate(zip(DEPTHS, self.encoder_channels, strict=True)):
             first = get_conv_layer(spec.dims, inputs, outputs, stride=2 if level else 1)
@@ -48,13 +43,6 @@ class SegResNet(Backbone):
             inputs = outputs
         exact(self.stages)
         self.decoder = self.new_decoder()
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
 
     def new_decoder(self) -> Decoder:
         stages = (Stage(self.spatial_dims, outputs, self.groups, last=outputs == self.decoder_channels[0])

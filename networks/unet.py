@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec, PatchError
-from networks.blocks import CONV, INSTANCE_NORM, kaiming, level_dropout, strides
+from networks.blocks import CONV, INSTANCE_NORM, kaiming, level_dropout
 
 LEVELS = 5
 DROPOUT = 0.3  # of single values, at the bottom and before the head
@@ -55,11 +55,8 @@ class UNet(Backbone):
 
     def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims, self.drop_rates = spec.dims, spec.dropout
-        self.encoder_channels = tuple(spec.width * 2**level for level in range(LEVELS))
-        self.decoder_channels = self.encoder_channels[:-1]
-        self.encoder_strides = strides(spec.dims, LEVELS)
-        self.multiple = self.encoder_strides[-1]
+        self.describe_levels(spec, LEVELS)
+        self.drop_rates = spec.dropout
         if all(side <= multiple for side, multiple in zip(spec.patch, self.multiple, strict=True)):
             raise PatchError(f"patch {list(spec.patch)}: UNet needs a side of at least {2 * self.multiple[0]}")
         inputs = (spec.channels, *self.encoder_channels)

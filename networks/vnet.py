@@ -6,7 +6,7 @@ Source: the network description of Yu et al., MICCAI 2019 (UA-MT), and its relea
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import CHANNEL_DROPOUT, convolutions, down, level_dropout, strides, up
+from networks.blocks import CHANNEL_DROPOUT, convolutions, down, level_dropout, up
 
 DEPTHS = (1, 2, 3, 3, 3)  # convolutions per encoder stage; the decoder mirrors them without the bottom
 DROPOUT = 0.5  # at the bottom and before the head
@@ -41,11 +41,7 @@ class VNet(Backbone):
 
     def __init__(self, spec: NetSpec):
         super().__init__()
-        self.spatial_dims, levels = spec.dims, len(DEPTHS)
-        self.encoder_channels = tuple(spec.width * 2**level for level in range(levels))
-        self.decoder_channels = self.encoder_channels[:-1]
-        self.encoder_strides = strides(spec.dims, levels)
-        self.multiple = self.encoder_strides[-1]
+        self.describe_levels(spec, len(DEPTHS))
         self.stages = nn.ModuleList()
         for level, depth in enumerate(DEPTHS):
             outputs = self.encoder_channels[level]
