@@ -17,7 +17,7 @@ from torch import nn
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import entropy, segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, at_least_one
+from ssl4mis.method import Preset, StudentTeacher, at_least_one
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -57,6 +57,7 @@ class Config:
 
 class UAMT(StudentTeacher):
     Config = Config
+    presets = {name: Preset(hp={"dice": "all"}) for name in ("ACDC", "BraTS")}  # where SSL4MIS is the published code
 
     def remarks(self):
         if any(isinstance(m, nn.Dropout | nn.Dropout2d | nn.Dropout3d) and m.p for m in self.student.modules()):
