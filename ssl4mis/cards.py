@@ -198,6 +198,7 @@ def facts(text: Text, needs) -> str:
     code = re.sub(r"^[\w.-]+/[\w.-]+\w", r"[\g<0>](https://github.com/\g<0>)", text.code)
     asks = ["" if needs.unlabeled else "labeled samples only",
             f"batch sizes in multiples of {needs.multiple}" if needs.multiple > 1 else "",
+            "as many unlabeled samples as labeled ones" if needs.equal else "",
             f"strongly augmented views of each unlabeled sample: {needs.strong}" if needs.strong else "",
             "a second draw of unlabeled samples" if needs.partner else ""]
     lines = {"Paper": paper, "Code": code, "Needs": "; ".join(filter(None, asks))}

@@ -52,8 +52,10 @@ class CorrelationHead(nn.Module):
 
     def compare(self, features: Tensor) -> Tensor:
         """Projected features (B, hidden, *grid) -> correlation; entry [i, j] says how much of i goes to j."""
+        flat = features.float().flatten(2)
         with torch.autocast(features.device.type, enabled=False):
-            one, other = (conv(features.float()).flatten(2) for conv in (self.one, self.other))
+            # as matrix products, since CUDA's convolutions round to ten bits of mantissa (TF32)
+            one, other = (conv.weight.flatten(1) @ flat + conv.bias[:, None] for conv in (self.one, self.other))
             return (one.transpose(1, 2) @ other / math.sqrt(one.shape[1])).softmax(-1)
 
     def grid(self, space) -> tuple[int, ...]:
@@ -205,10 +207,21 @@ def class_confidence(confidence: Tensor, label: Tensor, valid: Tensor, classes: 
     """
     values = []
     for k in range(classes):
-        mine = torch.where(valid & (label == k), confidence, torch.nan)
-        if statistic == "max":
+        mine = torch.where(valid & (label == k), confidence, torch.nan).flatten()
+        if statistic == "q95":
+            values.append(quantile(mine, 0.95))
+        elif statistic == "mean":
+            values.append(mine.nanmean())
+        else:
             value = mine.nan_to_num(-1).amax()
             values.append(torch.where(value < 0, torch.nan, value))
-        else:
-            values.append(mine.nanmean() if statistic == "mean" else torch.nanquantile(mine.flatten(), 0.95))
     return torch.stack(values).double().nanmean()
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """Linear quantile of those (N,) that are numbers, 0-d; NaN where none is. torch's own ends at 2^24 values."""
+    ordered = values.sort()[0]  # NaN comes last
+    place = share * (ordered.isfinite().sum() - 1).clamp(min=0)
+    low = place.floor().long()
+    high = place.ceil().long()
+    return torch.lerp(ordered[low[None]], ordered[high[None]], (place - low).to(values.dtype))[0]

@@ -21,7 +21,8 @@ METRICS = {  # column: key of the scores, factor; 95HD and ASD are in voxels, as
     "95HD_mm": ("hd95_mm", 1), "ASD_mm": ("asd_mm", 1),
 }  # fmt: skip
 COMPACT = {
-    "method": "method", "labeled": "labeled", "network": "network", "batch": "batch", "precision": "precision",
+    "method": "method", "labeled": "labeled", "network": "network", "batch": "batch",
+    "iterations": "iterations", "precision": "precision",
     "Dice": "Dice ± sd", "Jaccard": "Jaccard", "95HD": "95HD", "ASD": "ASD", "missed": "missed", "n": "n",
     "complete": "complete",
     "iterations_per_s": "it/s", "device": "device", "hours": "hours", "hp_hash": "settings",

@@ -64,11 +64,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be learned: number of classes (background included), spatial dimensions, image channels."""
+    """What is to be learned: number of classes (background included), spatial dimensions, image channels.
+
+    `batch` is the number of labeled and of unlabeled samples per step.
+    """
 
     classes: int
     spatial_dims: int = 3
     channels: int = 1
+    batch: tuple[int, int] = (2, 2)
 
 
 class Method(nn.Module):
@@ -129,6 +133,13 @@ def at_least_one(hp, *names: str) -> None:
     for name in names:
         if getattr(hp, name) < 1:
             raise UserError(f"hp.{name} {getattr(hp, name)}: expected at least 1")
+
+
+def within(hp, low: float, high: float, *names: str) -> None:
+    """For a `Config`'s `__post_init__`: UserError unless these hyper-parameters lie in [low, high]."""
+    for name in names:
+        if not low <= getattr(hp, name) <= high:
+            raise UserError(f"hp.{name} {getattr(hp, name)}: expected {low:g} to {high:g}")
 
 
 class Teacher(nn.Module):

@@ -54,7 +54,7 @@ def method_class(name: str) -> type:
     try:
         found = import_module(module)
     except (ModuleNotFoundError, ValueError) as error:
-        raise UserError(f"method {name!r}: {error}; expected package.module:Class") from error
+        raise UserError(f"method {name!r}: {error}; expected package.module:Class, found from PYTHONPATH") from error
     own = [value for key, value in vars(found).items() if isinstance(value, type) and issubclass(value, Method)
            and (key == wanted if wanted else value.__module__ == module)]
     if len(own) != 1:

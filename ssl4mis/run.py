@@ -47,7 +47,9 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     code = code_version()
     torch.manual_seed(spec.seed)
     spacing = tuple(mm * protocol.downsample for mm in dataset.spacing)
-    method = build_method(spec, Task(len(dataset.classes), dataset.spatial_dims, dataset.channels), spacing)
+    task = Task(len(dataset.classes), dataset.spatial_dims, dataset.channels,
+                (spec.labeled_batch, spec.unlabeled_batch))
+    method = build_method(spec, task, spacing)
     folder = options.out / "runs" / spec.id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")

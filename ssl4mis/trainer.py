@@ -80,7 +80,8 @@ class Trainer:
             self.step, self.done = self.step + 1, self.done + 1
             clock = clock._replace(step=clock.step + 1)
             log = self.step == total or self.done % self.log_every == 0
-            save = self.interrupted or self.step == total or self.done % self.save_every == 0
+            stop = self.interrupted  # read once: a signal from here on is seen in the next step
+            save = stop or self.step == total or self.done % self.save_every == 0
             if log or save:
                 self._refuse_bad(terms, stage)
             if log:
@@ -91,7 +92,7 @@ class Trainer:
                 spent = time.monotonic() - started
                 self.seconds, started, since = self.seconds + spent, started + spent, self.done
                 self._save()
-            if self.interrupted:
+            if stop:
                 raise TrainingStopped(f"stopped at iteration {self.done} of {self.spec.iterations}; "
                                       "the same command goes on from there", resumable=True)
 

@@ -24,7 +24,7 @@ import torch
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
-from ssl4mis.method import Method, Needs, Preset, Stage, Teacher
+from ssl4mis.method import Method, Needs, Preset, Stage, Teacher, within
 from ssl4mis.ops import cuboid, largest_component_later
 
 CONNECTIVITY = {"faces": 1, "edges": 2, "corners": 3}
@@ -57,8 +57,8 @@ class Config:
     dice: Literal["linear", "squared"] = "linear"
 
     def __post_init__(self):
-        if not 0 <= self.pretrain <= 1:
-            raise UserError(f"hp.pretrain {self.pretrain}: expected a share from 0 to 1")
+        within(self, 0, 1, "pretrain", "decay")
+        within(self, 0, float("inf"), "weight")
         if not 0 < self.box < 1:
             raise UserError(f"hp.box {self.box}: expected a share between 0 and 1")
 
@@ -114,7 +114,7 @@ class BCP(Method):
     def inside(self, image):
         """The voxels of a random box, the same in all samples, (*space) bool."""
         shape = image.shape[2:]
-        sides = [int(self.hp.box * length) for length in shape]
+        sides = [max(1, int(self.hp.box * length)) for length in shape]
         return cuboid(shape, self.corner(shape, sides, image.device), sides, image.device)
 
     def pseudo_labels(self, image) -> Callable:

@@ -8,6 +8,7 @@ Paper: Label Propagation via Correlation Matching for Semi-Supervised Semantic S
 Code: BBBBchan/CorrMatch, corrmatch.py (2D, non-commercial; nothing here is taken from it).
 Differs from the code:
 - it is the 3D design of docs/corrmatch_3d.md, which lists the values that restore the authors' behavior;
+- two encoder levels are projected to 64 channels, where 2D has one map and 256 (`projection` 256);
 - 32 channels correlate instead of one per class, since two classes would give a correlation of rank two (`channels`);
 - the threshold is capped, or it nears 1 in binary tasks and regions stop growing (`tau_max` 1, `tau_reg_max` 1);
 - the unsupervised terms start after a warm-up, since nothing is pretrained (`warm_up` 0);
@@ -29,10 +30,9 @@ from ssl4mis import augment, correlation
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import dice
-from ssl4mis.method import Method, Needs, Preset, at_least_one
+from ssl4mis.method import Method, Needs, Preset, at_least_one, within
 
 IGNORED = 255  # a label without a class
-SAMPLES = 6  # per step that correlate in the usual batch: weak views of 2 + 2 samples, strong views of 2
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "n_rows", "corr_stride", "channels", "projection", "corr_memory")
-        for name in ("tau_momentum", "corr_dropout", "cutmix", "box_min", "box_max", "feature_dropout", "warm_up"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"hp.{name} {getattr(self, name)}: expected 0 to 1")
+        within(self, 0, 1, "tau_momentum", "corr_dropout", "cutmix", "box_min", "box_max", "feature_dropout", "warm_up")
         if self.box_min > self.box_max:
             raise UserError(f"hp.box_min {self.box_min}: expected at most hp.box_max {self.box_max}")
         if self.region_prop and not self.pixel_prop:
@@ -162,14 +160,13 @@ class CorrMatch(Method):
         if hp.pixel_prop:
             self.head = correlation.CorrelationHead(self.net.backbone, hp.corr_stride, hp.projection, hp.channels,
                                                     hp.corr_dropout)
-            self.head.check_memory(SAMPLES, build.spec.patch, hp.corr_memory)
+            labeled, unlabeled = task.batch
+            self.head.check_memory(labeled + 2 * unlabeled, build.spec.patch, hp.corr_memory)
 
     def forward(self, batch, clock):
         hp, n, unlabeled, partner = self.hp, len(batch.labeled.image), batch.unlabeled, batch.partner
         if not len(unlabeled.image):
             return Losses(self.supervised(self.view(batch.image), batch.labeled.label))
-        if hp.pixel_prop:
-            self.head.check_memory(n + 2 * len(unlabeled.image), batch.image.shape[2:], hp.corr_memory)
         theirs = Target.of(self.steady(partner.image), partner.valid)
         weak = self.view(batch.image)
         mine = Target.of(weak.logits[n:].detach().softmax(1), unlabeled.valid)

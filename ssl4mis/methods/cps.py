@@ -18,7 +18,7 @@ from typing import Literal
 from networks.blocks import kaiming, xavier
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.method import Method, Preset, at_least_one
+from ssl4mis.method import Method, Preset, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every")
+        within(self, 0, float("inf"), "weight", "ramp")
 
 
 class CPS(Method):

@@ -20,7 +20,7 @@ import torch
 from ssl4mis.batch import Losses
 from ssl4mis.distance import signed_distance
 from ssl4mis.losses import dice
-from ssl4mis.method import Method, Preset, at_least_one
+from ssl4mis.method import Method, Preset, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every")
+        within(self, 0, float("inf"), "weight", "ramp")
 
 
 class DTC(Method):

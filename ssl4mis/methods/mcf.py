@@ -22,7 +22,7 @@ from networks.blocks import kaiming
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import cross_entropy, dice, softmax_mse
-from ssl4mis.method import Method, Preset, at_least_one
+from ssl4mis.method import Method, Preset, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every")
+        within(self, 0, float("inf"), "weight", "ramp")
         if self.partner not in networks.NAMES:
             raise UserError(f"hp.partner {self.partner!r}: expected one of {', '.join(networks.NAMES)}")
         if not self.temperature > 0:

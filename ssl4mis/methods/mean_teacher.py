@@ -14,7 +14,7 @@ from typing import Literal
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import segmentation, softmax_mse
-from ssl4mis.method import StudentTeacher, at_least_one
+from ssl4mis.method import StudentTeacher, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every")
+        within(self, 0, 1, "decay")
+        within(self, 0, float("inf"), "weight", "ramp", "noise", "noise_limit")
 
 
 class MeanTeacher(StudentTeacher):

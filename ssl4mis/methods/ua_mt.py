@@ -17,7 +17,7 @@ from torch import nn
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import entropy, segmentation, softmax_mse
-from ssl4mis.method import Preset, StudentTeacher, at_least_one
+from ssl4mis.method import Preset, StudentTeacher, at_least_one, within
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -53,6 +53,8 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every", "passes")
+        within(self, 0, 1, "decay")
+        within(self, 0, float("inf"), "weight", "ramp", "noise", "noise_limit")
 
 
 class UAMT(StudentTeacher):

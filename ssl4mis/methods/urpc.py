@@ -23,7 +23,7 @@ import torch
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
-from ssl4mis.method import Method, Preset, at_least_one
+from ssl4mis.method import Method, Preset, at_least_one, within
 
 DROPOUT = (0.1, 0.2, 0.3, 0.5)  # of channels after the decoder levels, fine to coarse
 RELEASED_CLASSES = 3
@@ -50,6 +50,7 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "ramp_every")
+        within(self, 0, float("inf"), "weight", "ramp")
         if self.scales < 2:
             raise UserError(f"hp.scales {self.scales}: expected at least 2, which can disagree")
 

@@ -12,6 +12,7 @@ from networks.base import Head, NetSpec, channels_last
 from ssl4mis import registry
 from ssl4mis.batch import Batch, Clock
 from ssl4mis.config import RunSpec
+from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader
 from ssl4mis.method import Task
 from ssl4mis.trainer import Trainer
@@ -65,7 +66,8 @@ class Setting:
 
     @property
     def task(self):
-        return Task(self.classes, self.dims, 1)
+        spec = self.spec()
+        return Task(self.classes, self.dims, 1, (spec.labeled_batch, spec.unlabeled_batch))
 
     @property
     def patch(self):
@@ -122,7 +124,13 @@ class Setting:
 
 def pytest_generate_tests(metafunc):
     if "method_name" in metafunc.fixturenames:
-        metafunc.parametrize("method_name", metafunc.config.getoption("--method") or registry.names())
+        names = metafunc.config.getoption("--method") or registry.names()
+        for name in names:
+            try:
+                registry.method_class(name)
+            except UserError as error:
+                raise pytest.UsageError(str(error)) from None
+        metafunc.parametrize("method_name", names)
 
 
 @pytest.fixture

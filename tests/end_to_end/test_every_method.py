@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl4mis import records
+from ssl4mis import records, registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import run  # noqa: E402
@@ -17,6 +17,10 @@ METHODS = ("supervised", "mt", "ua_mt", "dtc", "urpc", "cps", "bcp", "mcf", "cor
 # Every method sees every world and every network, every network sees every world.
 RUNS = [(method, world, OWN[(row + column) % len(OWN)])
         for (row, method), (column, world) in itertools.product(enumerate(METHODS), enumerate(WORLDS))]
+
+
+def test_no_method_is_left_out():
+    assert {registry.canonical(name) for name in METHODS} == set(registry.names())
 
 
 @pytest.mark.slow

@@ -103,6 +103,7 @@ def test_a_law_that_it_breaks_is_named(command, tmp_path):
              "2D-2classes and without_unlabeled"]
     done = command("-c", path + f"sys.exit(pytest.main({words!r}))")
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
+    assert "FAILED tests/contract/test_methods.py::test_without_unlabeled_samples" in done.stdout
 
 
 BOMB = """

@@ -223,6 +223,9 @@ def test_a_method_is_required(capsys):
     "--learning_rate -1",
     "--labeled inf%",
     "--hp.passes 0",
+    "--hp.decay 2",
+    "--hp.weight -1",
+    "--hp.noise_limit -1",
     "--hp.ramp_every 0",
 ])
 def test_values_that_cannot_work_are_turned_away_before_the_run(capsys, options):

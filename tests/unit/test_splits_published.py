@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep import load_split, spec
-from data_prep.splits import make
+from data_prep import make_splits as make
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "splits"
 SIZES = {  # train and test of every fold
@@ -267,7 +267,7 @@ def test_the_generator_writes_the_committed_files():
 
 
 def test_the_generator_writes_them_from_the_published_lists_too(shared, tmp_path):
-    command = [sys.executable, "-m", "data_prep.splits.make", "--lists", SHARED, "--out", tmp_path]
+    command = [sys.executable, "-m", "data_prep.make_splits", "--lists", SHARED, "--out", tmp_path]
     subprocess.run(command, check=True, cwd=spec.SPLITS.parents[1])
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(SIZES)
     for path in tmp_path.iterdir():

@@ -1,9 +1,9 @@
-"""Writes the case lists of Pancreas-CT, ACDC and BraTS-2019 in this folder, byte for byte the committed ones.
+"""Writes the case lists of Pancreas-CT, ACDC and BraTS-2019 in `splits`, byte for byte the committed ones.
 
 The five folds follow from the rules below. The published lists follow from nothing: they are read from the text files
 of their repositories (--lists, one id per line), or without these from the JSON already here.
 
-    python -m data_prep.splits.make [--lists DIR] [--out DIR]
+    python -m data_prep.make_splits [--lists DIR] [--out DIR]
 """
 
 import argparse
