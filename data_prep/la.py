@@ -98,7 +98,7 @@ MCF5 = replace(
 LITE = replace(
     PAPER,
     name="lite",
-    about="Fixed 80/20 split at 1.25 mm with half the width and half the iterations",
+    about="Fixed 80/20 split at 1.25 mm with half the width and 3000 iterations for every method",
     patch=(64, 64, 32),
     stride=(16, 16, 4),
     iterations=3000,

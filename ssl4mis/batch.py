@@ -17,7 +17,7 @@ class Half(NamedTuple):
     """The labeled or the unlabeled half of a batch.
 
     Attributes:
-        image: (B, C, *space) float32. label: (B, *space) uint8, or None.
+        image: (B, C, *space) float32, or in mixed precision the half type. label: (B, *space) uint8, or None.
         cases: ids of the samples' cases.
         strong: where the method needs them, the same crops with random intensities, each like `image`.
         valid: with strong views, (B, *space) bool, False where a crop reaches beyond its volume.

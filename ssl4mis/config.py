@@ -181,18 +181,20 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
         if "method" in named:
             method = registry.method_class(named["method"])
             parser.add_class_arguments(method.Config, "hp")
-            defaults |= method_defaults(method, spec.name, protocol)
+            defaults |= method_defaults(method, spec, protocol)
         parser.set_defaults(defaults)
     except (UserError, data_prep.DataError) as error:
         parser.error(error)
     return parser
 
 
-def method_defaults(method: type, dataset: str, protocol) -> dict:
+def method_defaults(method: type, dataset, protocol) -> dict:
     """What a method's preset for a data set changes, by option: hyper-parameters, run settings, published length."""
     from ssl4mis.method import Preset
 
-    preset = method.presets.get(dataset, Preset())
+    preset = method.presets.get(dataset.name, Preset())
+    if preset.dims not in (None, dataset.spatial_dims):
+        preset = Preset()
     defaults = {f"hp.{name}": value for name, value in preset.hp.items()} | preset.run
     if preset.iterations and protocol.published:
         defaults["iterations"] = preset.iterations

@@ -36,11 +36,13 @@ class Preset(NamedTuple):
         hp: hyper-parameters.
         run: fields of `RunSpec`, such as batch sizes and augmentation, for every protocol of the data set.
         iterations: length of the published runs, for protocols that follow the publications.
+        dims: number of dimensions that this is for, where the publications have one that the suite may have otherwise.
     """
 
     hp: dict = {}
     run: dict = {}
     iterations: int | None = None
+    dims: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ class Teacher(nn.Module):
     def follow(self, student: nn.Module, step: Tensor) -> None:
         """Move by 1 - decay towards the student; warming up, decay is 1 - 1/(step+1) if that is less, step from 0."""
         mine, theirs = list(self.net.parameters()), list(student.parameters())
-        decay = ema_decay(step, self.decay) if self.warm_up else torch.tensor(self.decay, dtype=torch.float64)
-        share = (1 - decay).to(mine[0].device, mine[0].dtype)
-        torch._foreach_lerp_(mine, theirs, [share] * len(mine))
+        share = 1 - self.decay  # a number: bringing a tensor to the device would wait for all that is queued there
+        if self.warm_up:
+            share = (1 - ema_decay(step, self.decay)).to(mine[0].device, mine[0].dtype)
+        torch._foreach_lerp_(mine, theirs, [share] * len(mine) if self.warm_up else share)
         if self.average == "state":
             for statistic, other in zip(self.net.buffers(), student.buffers(), strict=True):
                 if statistic.is_floating_point():  # counters and index tables are no averages

@@ -11,7 +11,8 @@ Differs from the code:
 - which half of a batch is pasted into which is one rule; the authors' rules per data set only rename random halves;
 - the box moves over the actual patch, in the LA code's range at 112 x 112 x 80, which that code has built in;
 - the Dice of the background counts its region as in the repaired ACDC code; the paper's runs counted the whole image;
-- every stage starts with a new SGD optimizer, as on LA; on ACDC and Pancreas the authors keep the first (there Adam);
+- every stage starts with a new SGD optimizer, as on LA; on ACDC the authors keep the first one, on Pancreas their Adam,
+  whose rate is 0.001 throughout;
 - all data sets have one loader and one backbone; on Pancreas the authors neither shuffle nor have dropout;
 - `average` state leaves the step counters of batch norm alone, which nothing reads.
 """
@@ -69,9 +70,10 @@ class BCP(Method):
     presets = {
         "LA": Preset(run={"labeled_batch": 4, "unlabeled_batch": 4}, iterations=17000),
         "ACDC": Preset({"pretrain": 1 / 4, "pretrain_loss": "regions", "average": "state", "dice": "squared"},
-                       {"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "constant"}, 40000),
-        "Pancreas": Preset({"pretrain": 18 / 68, "component": "edges"},
-                           {"labeled_batch": 4, "unlabeled_batch": 4, "schedule": "constant"}, 6800),
+                       {"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "constant"}, 40000, dims=2),
+        "Pancreas": Preset({"pretrain": 18 / 68, "component": "edges"}, {
+            "labeled_batch": 4, "unlabeled_batch": 4, "schedule": "constant", "augmentation": []}, 6800),
+        "BraTS": Preset({"component": "none"}),  # a tumor may have several foci
     }
 
     def __init__(self, build, task, hp):

@@ -149,7 +149,7 @@ class CorrMatch(Method):
         "LA": Preset(run={"schedule": "poly"}, iterations=15000),
         "Pancreas": Preset(run={"schedule": "poly", "augmentation": []}, iterations=15000),
         "BraTS": LONG,
-        "ACDC": LONG._replace(run=LONG.run | {"labeled_batch": 12, "unlabeled_batch": 12}),
+        "ACDC": LONG._replace(run=LONG.run | {"labeled_batch": 12, "unlabeled_batch": 12}, dims=2),
     }
 
     def __init__(self, build, task, hp):

@@ -9,6 +9,7 @@ Differs from the code:
 - the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
 - in a patch without foreground the true distance is 1, and -1 in one without background (`compat` legacy gives the
   code's 0 without foreground, and 0 for what is 0/0 there without background);
+- predictions are not reduced to their largest component: that is post-processing, which any method could have;
 - softmax over all classes in place of the sigmoid of one channel, and a distance map for each foreground class against
   the rest, as the authors advise for more than two classes.
 """

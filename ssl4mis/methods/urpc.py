@@ -9,6 +9,7 @@ Code: HiLab-git/SSL4MIS, train_uncertainty_rectified_pyramid_consistency_3D.py.
 Differs from the code:
 - the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
 - the weight is full at the end; the released command for BraTS stops halfway up the ramp, at 0.0283 (`ramp` 2);
+- by default on a V-Net, which is a port: the published numbers are those of the U-Net (`--network unet`);
 - as many classes as the data have, where the 3D script always has three (`compat` legacy);
 - any backbone: heads and channel dropout go on its finest decoder levels, of which the authors' U-Net has four;
 - 2D is like 3D, where the 2D script enlarges by the nearest voxel and perturbs the coarse levels in other ways;
@@ -58,7 +59,7 @@ class Config:
 class URPC(Method):
     Config = Config
     presets = {
-        "ACDC": Preset(run={"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly"}, iterations=30000),
+        "ACDC": Preset(run={"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly"}, iterations=30000, dims=2),
         "BraTS": Preset(run={"schedule": "poly", "learning_rate": 0.1}, iterations=30000),
     }
 

@@ -127,3 +127,12 @@ def test_every_array_is_compared(golden, every_array_is_in_one):
                 "grad_student_*")
     for name in ("dtc", "dtc_sdf"):
         every_array_is_in_one(golden(name), inputs, compared)
+
+
+@pytest.mark.parametrize(("compat", "empty", "full"), [("right", 1, -1), ("legacy", 0, 0)])
+def test_patches_on_one_side_only(replay, compat, empty, full):
+    """What the default mends: without foreground the distance is 1, without background -1."""
+    method = DTC(replay, Task(2, 2), Config(compat=compat))
+    label = torch.stack([torch.zeros(4, 5, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.uint8)])
+    distance = method.true_distance(label)
+    assert (distance[0] == empty).all() and (distance[1] == full).all()

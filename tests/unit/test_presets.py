@@ -39,8 +39,9 @@ def bcp(monkeypatch):
 @pytest.mark.parametrize(("method", "dataset"), PRESETS)
 def test_names_exist_and_values_can_work(method, dataset):
     assert dataset in DIMENSIONS
-    hp, run, iterations = preset(method, dataset)
+    hp, run, iterations, dims = preset(method, dataset)
     cls = registry.method_class(method)
+    assert (dims == 2) == (run.get("labeled_batch") == 12), "a batch of slices would be too many volumes"
     assert hp.keys() <= {f.name for f in dataclasses.fields(cls.Config)}
     assert run.keys() <= SETTINGS, "the published length belongs in `iterations`, and the rest is not a setting"
     assert iterations is None or isinstance(iterations, int) and iterations > 0
@@ -48,14 +49,14 @@ def test_names_exist_and_values_can_work(method, dataset):
         for name, value in values.items():
             if typing.get_origin(kinds[name]) is typing.Literal:
                 assert value in typing.get_args(kinds[name]), name
-    dims = DIMENSIONS[dataset]
+    dims = dims or DIMENSIONS[dataset]
     plain = {"patch": [32] * dims, "stride": [16] * dims, "unlabeled_batch": 2 * cls.needs.unlabeled}
     config.check_values(RunSpec(method=method, hp=hp, **plain | run), dims)
 
 
 @pytest.mark.parametrize(("method", "dataset"), [p for p in PRESETS if p[1] in data_prep.names()])
 def test_the_preset_is_what_a_command_resolves_to(method, dataset):
-    hp, run, iterations = preset(method, dataset)
+    hp, run, iterations, dims = preset(method, dataset)
     for protocol in data_prep.dataset(dataset).protocols.values():
         spec = one(f"--method {method} --dataset {dataset} --protocol {protocol.name}")
         assert spec.hp == dataclasses.asdict(registry.method_class(method).Config(**hp))
@@ -95,6 +96,13 @@ def test_a_config_file_goes_over_the_preset(bcp, tmp_path):
     file.write_text("labeled_batch: 8\nunlabeled_batch: 8\niterations: 10\nhp:\n  weight: 0.25\n")
     spec = one(f"{line} --config {file}")
     assert (spec.hp["box"], spec.hp["weight"], spec.labeled_batch, spec.iterations) == (0.5, 0.25, 8, 10)
+
+
+def test_a_preset_for_slices_changes_no_volumes(monkeypatch):
+    cls = registry.method_class("bcp")
+    for dims, box in ((2, 2 / 3), (3, 0.5), (None, 0.5)):
+        monkeypatch.setattr(cls, "presets", {"LA": Preset({"box": 0.5}, dims=dims)})
+        assert one("--method bcp --dataset LA").hp["box"] == box
 
 
 def test_the_preset_of_another_data_set_changes_nothing(bcp):
