@@ -4,6 +4,7 @@
 AssertionError, so that the mutants below can prove that it would.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -25,6 +26,7 @@ from ssl4mis.methods.mean_teacher import MeanTeacher
 from ssl4mis.trainer import TrainingStopped
 
 LONG_AGO = 10**7  # a step at which a teacher's decay has long reached its final value
+ON_THE_HOST = {"bcp": {"component": "none"}}  # what a method leaves to the CPU by design: largest components
 BF16 = 0.05  # relative, of each term: eight bits of mantissa through some twenty layers
 ROUNDING = 1e-4  # of the sum of terms: a squared difference of nearly equal predictions magnifies what they lost
 
@@ -209,6 +211,27 @@ def half_precision_agrees(s, folder):
             assert abs(half[name] - value) <= BF16 * abs(value) + atol, f"{name} is {half[name]} in bf16, not {value}"
 
 
+def a_step_stays_on_its_device(s):
+    """On torch's meta device there are no values: reading one, for which CUDA would wait, fails, as a CPU tensor does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # there is none for meta
+        method, batch = s.method().to("meta"), without_values(s.batch())
+        for clock in s.moments(method):
+            losses = method(batch, clock._replace(step=clock.step.to("meta")))
+            total = sum(losses.terms.values())
+            assert {x.device.type for x in (total, *losses.watch.values())} == {"meta"}, "a loss on another device"
+            total.backward()
+            method.after_step(clock._replace(step=clock.step.to("meta")))
+
+
+def without_values(x):
+    """A batch on the meta device."""
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    parts = map(without_values, x) if isinstance(x, tuple) else ()
+    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts) if isinstance(x, tuple) else x
+
+
 def config_is_documented(cls):
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, "Config is not a frozen dataclass"
     arguments = (cls.__doc__ or "").partition("Args:")[2]
@@ -369,6 +392,10 @@ def test_half_precision_agrees(case, tmp_path):
     half_precision_agrees(case, tmp_path)
 
 
+def test_a_step_reads_no_value_and_stays_on_its_device(case, method_name):
+    a_step_stays_on_its_device(dataclasses.replace(case, hp=ON_THE_HOST.get(method_name, {})))
+
+
 def test_an_absent_class_is_harmless(case):
     label = case.batch().labeled.label
     terms_are_finite(case, case.batch(label=torch.zeros_like(label)))
@@ -436,6 +463,22 @@ class ForgetsForPredicting(MeanTeacher):
 
     def predict(self, image):
         return super().predict(image + self.steps)
+
+
+class ReadsItsLoss(MeanTeacher):
+    """Waits for the device in every step."""
+
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        return losses if losses.terms["supervised"].item() > 0 else Losses({})
+
+
+class FromTheHost(MeanTeacher):
+    """Uses a tensor that is on the CPU wherever the method is."""
+
+    def forward(self, batch, clock):
+        losses = super().forward(batch, clock)
+        return Losses(losses.terms | {"supervised": losses.terms["supervised"] + torch.zeros(1)})
 
 
 class CountsSteps(MeanTeacher):
@@ -529,13 +572,15 @@ class Undocumented:
     (CopiedTeacher, teachers_follow),
     (UnnamedTeacher, teachers_follow),
     (CountsSteps, steps_are_shares_of_the_run),
+    (FromTheHost, a_step_stays_on_its_device),
+    (ReadsItsLoss, a_step_stays_on_its_device),
     (DeafConsistency, terms_are_finite),
     (DeafConsistency, each_term_moves_a_parameter),
     (SilentConsistency, each_term_moves_a_parameter),
     (BatchStatistics, predictions_are_probabilities),
 ], ids=lambda value: value.__name__)
 def test_mutants_are_caught(mutant, law, setting):
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         law(setting(mutant, 2, 2))
 
 
