@@ -5,11 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.nn import functional as F
 
 import networks
@@ -328,39 +323,6 @@ def test_large_correlations_are_refused_before_training():
     method(corr_memory=1, corr_stride=4)  # 64 positions
     with pytest.raises(UserError, match="18 samples"):
         method(corr_memory=1, corr_stride=4, samples=(2, 8))
-
-
-def without_values(made, data):
-    """The method and the batch with fake tensors, which have shapes but no values, and the mode to use them in."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(x):
-        return None if x is None else mode.from_tensor(x)
-
-    def half(h):
-        return Half(fake(h.image), fake(h.label), h.cases, tuple(map(fake, h.strong)), fake(h.valid))
-
-    for module in made.modules():
-        module._parameters |= {k: torch.nn.Parameter(fake(p.detach())) for k, p in module._parameters.items()
-                               if p is not None}
-        module._buffers |= {k: fake(b) for k, b in module._buffers.items() if b is not None}
-    return mode, Batch(fake(data.image), half(data.labeled), half(data.unlabeled), half(data.partner)), fake
-
-
-@pytest.mark.parametrize("hp", [
-    {}, {"sampling": "balanced", "tau_stat": "q95", "shape_mode": "binary_coarse"},
-    {"sampling": "uniform", "tau_stat": "mean", "corr_down": "interp", "region_order": "parallel"},
-    {"sampling": "shared", "corr_apply": "row", "tau_mask": "mixed", "kl_target_cutmix": False}])
-def test_no_step_waits_for_the_device(hp):
-    """Where there are no values nothing can depend on them in Python."""
-    made = method(**hp)
-    mode, data, fake = without_values(made, batch())
-    with mode:
-        losses = made(data, Clock(fake(torch.tensor(999)), 1000))
-        sum(losses.terms.values()).backward()
-        for wait in (torch.Tensor.item, bool, lambda x: x[None][x[None] > 0]):
-            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-                wait(losses.terms["hard"])
 
 
 def test_presets():
