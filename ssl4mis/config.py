@@ -107,11 +107,23 @@ class RunOptions:
     save_every: int = 250
 
 
+WRONG_VALUE = (r'Parser key "([\w.]+)": Expected an? (?:<class \'(\w+)\'>|typing\.Literal\[(.*?)\])\. '
+               r"Got value: (.*)")
+KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a word"}
+
+
+def expected(found: re.Match) -> str:
+    """jsonargparse's message of a wrong value in the words of this suite, without Python's names of types."""
+    name, kind, choices, value = found.groups()
+    wanted = KINDS.get(kind, kind) if kind else "one of " + choices.replace("'", "")
+    return f"{name} {value}: expected {wanted}"
+
+
 class Parser(ArgumentParser):
     """A parser whose errors are one line and name the nearest option."""
 
     def error(self, message, ex=None):
-        text = " ".join(str(message).split())
+        text = re.sub(WRONG_VALUE, expected, " ".join(str(message).split()))
         known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
         for wrong in re.findall(r"--([\w.]+)|(?:[Kk]ey|[Oo]ption) '([\w.-]+)'", text):
             name = wrong[0] or wrong[1]
