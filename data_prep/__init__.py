@@ -2,14 +2,21 @@
 
 import difflib
 import importlib
+import os
+from pathlib import Path
 
 from data_prep.spec import DataError, DatasetSpec, Protocol, Split, Store, load_split
 
-__all__ = ["DataError", "DatasetSpec", "Protocol", "Split", "Store", "dataset", "load_split", "names"]
+__all__ = ["DataError", "DatasetSpec", "Protocol", "Split", "Store", "dataset", "load_split", "locate", "names"]
 
 # A data set is in SPECS of a module; adding one takes its file and a line here.
 _MODULES = {
     "LA": "la",
+    "Pancreas": "pancreas",
+    "ACDC": "acdc",
+    "BraTS": "brats",
+    "PROMISE12": "promise12",
+    "ISLES2022": "isles2022",
     "phantom": "phantom",
     **dict.fromkeys(("phantom-2d2c", "phantom-2d4c", "phantom-3d2c", "phantom-3d4c"), "phantom"),
 }
@@ -20,11 +27,43 @@ def names() -> list[str]:
     return list(_MODULES)
 
 
+def module(name: str):
+    """The module of the data set of that name, in any case. Raises DataError naming the nearest one."""
+    return importlib.import_module(f"data_prep.{_MODULES[_known(name)]}")
+
+
 def dataset(name: str) -> DatasetSpec:
     """The data set of that name, in any case. Raises DataError naming the nearest one."""
-    lower = {known.lower(): known for known in _MODULES}
-    if name.lower() not in lower:
-        meant = lower[difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)[0]]
+    return module(name).SPECS[_known(name)]
+
+
+def locate(text: str, root: Path | str | None = None) -> tuple[DatasetSpec, Path | None]:
+    """A data set by name or by the folder of its store, and the folder to look for its cases in.
+
+    Own data is found by its name under `root` or the folder that SSL4MIS_DATA names. Raises DataError.
+    """
+    if text.lower() in _LOWER:
+        return dataset(text), Path(root) if root else None
+    from data_prep import store
+
+    place = Path(text).expanduser()
+    folder = store.folder_of(place) if place.is_dir() else None
+    if folder is None and (below := root or os.environ.get("SSL4MIS_DATA")) and place.name == text:
+        folder = store.find(Path(below).expanduser(), text, "clean")
+    if folder is None:
+        if place.is_dir() or place.name != text:
+            raise DataError(f"data set {text}: no prepared data set there, expected the folder of a dataset.json, as "
+                            "`python -m data_prep.prepare NAME --raw DIR` writes it")
+        _known(text)
+    name = store.read_card(folder)["name"]
+    return (dataset(name) if name in _MODULES else store.spec_of(folder)), folder
+
+
+_LOWER = {known.lower(): known for known in _MODULES}
+
+
+def _known(name: str) -> str:
+    if name.lower() not in _LOWER:
+        meant = _LOWER[difflib.get_close_matches(name.lower(), _LOWER, n=1, cutoff=0.0)[0]]
         raise DataError(f"data set {name!r} is unknown, did you mean {meant!r}? (known: {', '.join(_MODULES)})")
-    known = lower[name.lower()]
-    return importlib.import_module(f"data_prep.{_MODULES[known]}").SPECS[known]
+    return _LOWER[name.lower()]

@@ -243,6 +243,13 @@ class PhantomStore:
                 f"expected phantom_000 to phantom_{CASES - 1:03d}"
             )
 
+    def provenance(self) -> dict[str, str]:
+        """Nothing to say: the cases follow from this file."""
+        return {"recipe": "", "sha256": ""}
+
+    def replay(self) -> None:
+        """There is no raw scan of a phantom."""
+
     def _case(self, case: str) -> tuple[np.ndarray, np.ndarray]:
         self.check([case])
         if case not in self._kept:

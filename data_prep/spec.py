@@ -25,6 +25,10 @@ class Protocol:
     use, smallest first; `schedule` is "step" (x0.1 after every 2500/6000 of the run), "poly" or "constant"; `precision`
     "auto" takes bfloat16 where the processor has it; `width` is the base width of the network; `published` says that it
     follows the publications, so that a method's own published number of iterations goes over `iterations`.
+
+    `recipe` names how raw scans became the cases; `modalities` are the channels read, () for all; `region` makes the
+    task binary: that region of the data set against the rest; `slices` trains a 2D network on the planes across the
+    last axis, each resized to the patch (nearest), and puts its predictions together to volumes before scoring.
     """
 
     name: str
@@ -43,6 +47,10 @@ class Protocol:
     precision: str = "auto"
     downsample: int = 1
     published: bool = False
+    recipe: str = "paper"
+    modalities: tuple[str, ...] = ()
+    region: str = ""
+    slices: bool = False
 
 
 class Store(typing.Protocol):
@@ -67,10 +75,23 @@ class Store(typing.Protocol):
         """Raises DataError at once when a case is missing, before any training time is spent."""
         ...
 
+    def provenance(self) -> dict[str, str]:
+        """What a record says of the data: "recipe", its id, and "sha256" of the cases; both "" where they are made."""
+        ...
+
+    def replay(self) -> dict | None:
+        """The recipe that a new scan goes through before a network trained here sees it, as plain values, or None."""
+        ...
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What there is to know of a data set without opening a file of it; `classes` starts with the background."""
+    """What there is to know of a data set without opening a file of it.
+
+    `classes` are the names of the label values of a stored case, background first; `regions` are unions of classes by
+    name, which are scored in place of the classes where there are any; `modalities` name the channels of a stored case;
+    `spacing` is the usual one in mm; `splits` is the folder of its case lists.
+    """
 
     name: str
     title: str
@@ -82,12 +103,36 @@ class DatasetSpec:
     open: Callable[[Path | None, Protocol], Store] = field(repr=False, compare=False)
     protocols: dict[str, Protocol] = field(default_factory=dict, hash=False)
     spatial_dims: int = 3
-    channels: int = 1
+    modalities: tuple[str, ...] = ("image",)
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    splits: Path = SPLITS
+
+    def channels(self, protocol: Protocol) -> tuple[str, ...]:
+        """The modalities that a protocol reads, in the order of the network's input."""
+        return protocol.modalities or self.modalities
+
+    def dims(self, protocol: Protocol) -> int:
+        """Spatial dimensions of the network, 2 where a protocol goes by slices."""
+        return 2 if protocol.slices else self.spatial_dims
+
+    def task(self, protocol: Protocol) -> tuple[str, ...]:
+        """The classes that the network of a protocol tells apart, background first."""
+        return (self.classes[0], protocol.region) if protocol.region else self.classes
+
+    def targets(self, protocol: Protocol) -> dict[str, tuple[int, ...]]:
+        """What is scored: by name, the classes of `task` whose union it is."""
+        if self.regions and not protocol.region:
+            return self.regions
+        return {name: (value,) for value, name in enumerate(self.task(protocol)) if value}
 
 
 @dataclass(frozen=True)
 class Split:
-    """One fold of a frozen case list; the order of `train` decides which cases are labeled."""
+    """One fold of a frozen case list; the order of `train` decides which cases are labeled.
+
+    Where every patient has several cases (`per_patient`, one after the other in the lists), labels are counted in
+    patients. `extra` are training cases without a label of their own, unlabeled in every run.
+    """
 
     name: str
     fold: int
@@ -95,16 +140,24 @@ class Split:
     train: tuple[str, ...]
     test: tuple[str, ...]
     sha256: str
+    per_patient: int = 1
+    extra: tuple[str, ...] = ()
+
+    @property
+    def patients(self) -> int:
+        """How many training patients can be labeled; with one case each, the number of training cases."""
+        return len(self.train) // self.per_patient
 
     def labeled(self, n: int) -> tuple[str, ...]:
-        """The first n training cases. Raises DataError unless 1 <= n <= the number of training cases."""
-        if not 1 <= n <= len(self.train):
-            raise DataError(f"split {self.name} fold {self.fold}: labeled={n}, expected 1 to {len(self.train)} cases")
-        return self.train[:n]
+        """All cases of the first n training patients. Raises DataError unless 1 <= n <= the number of them."""
+        if not 1 <= n <= self.patients:
+            what = "patients" if self.per_patient > 1 else "cases"
+            raise DataError(f"split {self.name} fold {self.fold}: labeled={n}, expected 1 to {self.patients} {what}")
+        return self.train[: n * self.per_patient]
 
     def unlabeled(self, n: int) -> tuple[str, ...]:
-        """The training cases after the first n. Raises DataError like `labeled`."""
-        return self.train[len(self.labeled(n)) :]
+        """The training cases after the labeled ones. Raises DataError like `labeled`."""
+        return self.train[len(self.labeled(n)) :] + self.extra
 
 
 def ids_sha256(ids: Sequence[str]) -> str:
@@ -112,28 +165,34 @@ def ids_sha256(ids: Sequence[str]) -> str:
     return hashlib.sha256(("\n".join(ids) + "\n").encode()).hexdigest()
 
 
-def load_split(name: str, fold: int) -> Split:
-    """One fold of data_prep/splits/<name>.json; its hash covers the hashes of the train and of the test list.
+def load_split(name: str, fold: int, folder: Path | None = None) -> Split:
+    """One fold of <folder>/<name>.json (default: splits/ of this package); its hash covers those of its lists.
 
     Raises DataError for an unknown name, a wrong fold number, a checksum that does not fit or a case listed twice.
     """
-    path = SPLITS / f"{name}.json"
-    known = sorted(p.stem for p in SPLITS.glob("*.json"))
+    folder = folder or SPLITS
+    path = folder / f"{name}.json"
+    known = sorted(p.stem for p in folder.glob("*.json"))
     if name not in known:
         raise DataError(f"split {name!r} is unknown, expected one of {', '.join(known)}")
     try:
-        folds = json.loads(path.read_text(encoding="utf-8"))["folds"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        folds, per_patient = content["folds"], int(content.get("per_patient", 1))
         count = len(folds)
         if not (isinstance(fold, int) and 0 <= fold < count):
             raise DataError(f"split {name}: fold {fold!r}, expected 0 to {count - 1}")
         entry = folds[fold]
-        for part in ("train", "test"):
+        parts = [part for part in ("train", "test", "extra") if part in entry or part != "extra"]
+        for part in parts:
             found, stated = ids_sha256(entry[part]), entry[f"sha256_{part}"]
             if found != stated:
                 raise DataError(f"{path}: {part} list of fold {fold} has sha256 {found}, expected {stated}")
-        train, test = tuple(entry["train"]), tuple(entry["test"])
+        train, test, extra = (tuple(entry.get(part, ())) for part in ("train", "test", "extra"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a split file ({type(error).__name__}: {error}), expected folds") from None
-    if len({*train, *test}) != len(train) + len(test):
+    if len({*train, *test, *extra}) != len(train) + len(test) + len(extra):
         raise DataError(f"{path}: fold {fold} lists a case twice, expected every case once in train or test")
-    return Split(name, fold, count, train, test, ids_sha256([entry["sha256_train"], entry["sha256_test"]]))
+    if len(train) % per_patient:
+        raise DataError(f"{path}: fold {fold} trains on {len(train)} cases, expected a multiple of {per_patient}")
+    sha256 = ids_sha256([entry[f"sha256_{part}"] for part in parts])
+    return Split(name, fold, count, train, test, sha256, per_patient, extra)

@@ -2,9 +2,10 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,38 +20,40 @@ def read_image(path: Path | str, spatial_dims: int = 3) -> np.ndarray:
     Raises DataError for a missing or damaged file, a missing key, a wrong number of axes, an empty or constant volume,
     NaN or infinity.
     """
-    with _open(path) as file:
-        data = _dataset(file, path, "image")
-        _check_axes(data.shape, path, "image", (spatial_dims, spatial_dims + 1))
+    with open_h5(path) as file:
         # values beyond the range of float32 become infinite here and are refused below
         with np.errstate(over="ignore"):
-            image = _array(data, path, "image").astype(np.float32, copy=False)
+            image = read_array(file, path, "image", (spatial_dims, spatial_dims + 1)).astype(np.float32, copy=False)
+    check_image(image, path)
+    return image if image.ndim == spatial_dims + 1 else image[None]
+
+
+def read_label(path: Path | str, classes: int, spatial_dims: int = 3, region: Sequence[int] = ()) -> np.ndarray:
+    """The classes of a case file: uint8, (*space), values 0 to classes-1; of the image only the shape is looked at.
+
+    With a `region` 1 where the class is one of it and 0 elsewhere. Raises DataError like `read_image`, and for values
+    that are no class and a shape other than the image's.
+    """
+    with open_h5(path) as file:
+        label = read_array(file, path, "label", (spatial_dims,))
+        space = file["image"].shape[-spatial_dims:] if "image" in file else label.shape
+        if label.shape != space:
+            raise DataError(f"{path}: 'label' has shape {label.shape}, expected {space}, the shape of 'image'")
+    values = np.unique(label)
+    for value in values.tolist():
+        if value not in range(classes):
+            raise DataError(f"{path}: 'label' has the value {value:g}, expected 0 to {classes - 1}")
+    return np.isin(label, region).astype(np.uint8) if region else label.astype(np.uint8, copy=False)
+
+
+def check_image(image: np.ndarray, path: Path | str) -> None:
+    """Raises DataError for NaN, infinity and the same value everywhere."""
     bad = image.size - int(np.count_nonzero(np.isfinite(image)))
     if bad:
         raise DataError(f"{path}: 'image' has {bad} voxels with NaN or infinity, expected finite values")
     low, high = float(image.min()), float(image.max())
     if low == high:
         raise DataError(f"{path}: 'image' is {low:g} everywhere, expected a scan with contrast")
-    return image if image.ndim == spatial_dims + 1 else image[None]
-
-
-def read_label(path: Path | str, classes: int, spatial_dims: int = 3) -> np.ndarray:
-    """The classes of a case file: uint8, (*space), values 0 to classes-1; of the image only the shape is looked at.
-
-    Raises DataError like `read_image`, and for values that are no class and a shape other than the image's.
-    """
-    with _open(path) as file:
-        data = _dataset(file, path, "label")
-        _check_axes(data.shape, path, "label", (spatial_dims,))
-        space = file["image"].shape[-spatial_dims:] if "image" in file else data.shape
-        if data.shape != space:
-            raise DataError(f"{path}: 'label' has shape {data.shape}, expected {space}, the shape of 'image'")
-        label = _array(data, path, "label")
-    values = np.unique(label)
-    for value in values.tolist():
-        if value not in range(classes):
-            raise DataError(f"{path}: 'label' has the value {value:g}, expected 0 to {classes - 1}")
-    return label.astype(np.uint8, copy=False)
 
 
 def write_case(path: Path | str, image: np.ndarray, label: np.ndarray | None = None) -> None:
@@ -67,7 +70,7 @@ def write_case(path: Path | str, image: np.ndarray, label: np.ndarray | None = N
         if label.size and not 0 <= label.min() <= label.max() <= 255:
             raise DataError(f"{path}: label has values {label.min()} to {label.max()}, expected 0 to 255")
     arrays = {"image": image} if label is None else {"image": image, "label": label.astype(np.uint8)}
-    _write(Path(path), arrays, compression="gzip")
+    write_h5(Path(path), arrays, options={name: {"compression": "gzip"} for name in arrays})
 
 
 def downsample(image: np.ndarray, label: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,21 +114,24 @@ def cached_image(path: Path, dataset: str, case: str, factor: int, spatial_dims:
     found = _cache_read(target, key, "image")
     if found is None:
         found = downsample_image(read_image(path, spatial_dims), factor)
-        _write(target, {"image": found}, attributes=key)
+        write_h5(target, {"image": found}, key)
     return found
 
 
-def cached_label(path: Path, dataset: str, case: str, factor: int, classes: int, spatial_dims: int = 3) -> np.ndarray:
+def cached_label(
+    path: Path, dataset: str, case: str, factor: int, classes: int, spatial_dims: int = 3, region: Sequence[int] = ()
+) -> np.ndarray:
     """`downsample_label` of a case file, done once and then read from the cache.
 
-    Redone when size or modification time of the case file change. Raises DataError like `read_label`.
+    A `region` needs a name in place of `dataset` that belongs to it alone. Redone when size or modification time of
+    the case file change. Raises DataError like `read_label`.
     """
     target = _cache_folder(dataset, factor) / f"{case}.label.h5"
     key = _key(path)  # before reading: a source that changes meanwhile leaves a cache file that is redone
     found = _cache_read(target, key, "label")
     if found is None:
-        found = downsample_label(read_label(path, classes, spatial_dims), factor)
-        _write(target, {"label": found}, attributes=key)
+        found = downsample_label(read_label(path, classes, spatial_dims, region), factor)
+        write_h5(target, {"label": found}, key)
     return found
 
 
@@ -162,7 +168,8 @@ def _cache_read(target: Path, key: dict[str, int], name: str) -> np.ndarray | No
 
 
 @contextmanager
-def _open(path: Path | str) -> Iterator:
+def open_h5(path: Path | str) -> Iterator:
+    """The open h5py.File. Raises DataError for a missing, truncated or other file and what h5py stumbles on in it."""
     import h5py
 
     if not Path(path).is_file():
@@ -170,13 +177,17 @@ def _open(path: Path | str) -> Iterator:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not an h5 file, truncated or unreadable ({reason}), expected an h5 file") from None
+        raise DataError(f"{path}: not an h5 file, truncated or unreadable ({_reason(error)}), expected an h5 file") \
+            from None
     with file:
-        yield file
+        try:
+            yield file
+        except (KeyError, OSError, RuntimeError, UnicodeError) as error:  # one flipped bit, and h5py raises any of them
+            raise DataError(f"{path}: damaged ({_reason(error)}), expected a readable h5 file") from None
 
 
-def _dataset(file, path: Path | str, name: str):
+def find_array(file, path: Path | str, name: str, axes: Sequence[int]):
+    """The h5py.Dataset of that name, unread. Raises DataError for none, no numbers, or a number of axes not listed."""
     import h5py
 
     data = file.get(name)
@@ -185,41 +196,66 @@ def _dataset(file, path: Path | str, name: str):
         raise DataError(f"{path}: no array '{name}', expected the keys 'image' and 'label' (found: {keys})")
     if data.dtype.kind not in "biuf":
         raise DataError(f"{path}: '{name}' has the type {data.dtype}, expected numbers")
+    if len(data.shape) not in axes or 0 in data.shape:
+        allowed = " or ".join(map(str, axes))
+        raise DataError(f"{path}: '{name}' has shape {data.shape}, expected {allowed} axes, none of them empty")
     return data
 
 
-def _check_axes(shape: tuple[int, ...], path: Path | str, name: str, allowed: tuple[int, ...]) -> None:
-    if len(shape) not in allowed or 0 in shape:
-        axes = " or ".join(map(str, allowed))
-        raise DataError(f"{path}: '{name}' has shape {shape}, expected {axes} axes, none of them empty")
-
-
-def _array(data, path: Path | str, name: str) -> np.ndarray:
+def read_array(file, path: Path | str, name: str, axes: Sequence[int]) -> np.ndarray:
+    """The values of `find_array`, of the stored type. Raises DataError, for damaged bytes, too."""
+    data = find_array(file, path, name, axes)
     try:
         return data[()]
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: '{name}' is damaged ({reason}), expected a readable array") from None
+        raise DataError(f"{path}: '{name}' is damaged ({_reason(error)}), expected a readable array") from None
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, int] | None = None, **options) -> None:
+def write_h5(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    attributes: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    expected: str = "a writable folder (SSL4MIS_CACHE)",
+) -> None:
+    """Write arrays, attributes of the file and h5py's options per array; the file appears whole or not at all.
+
+    Raises DataError naming what was `expected` where the folder is not writable.
+    """
     import h5py
 
+    # put together in memory: on a full disk HDF5 prints tracebacks, and under a compressed file it ends the process
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
+        file.attrs.update(attributes or {})
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, **(options or {}).get(name, {}))
+        file.flush()
+        content = file.id.get_file_image()
+    with whole_file(path, expected) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path, expected: str = "a writable folder") -> Iterator[Path]:
+    """A place to write to, which becomes `path` when all went well and is gone otherwise.
+
+    Raises DataError naming what was `expected` where the folder is not writable.
+    """
     # in the same folder, since only there os.replace is atomic; the name is new, so that two writers never meet
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update(attributes or {})
-            for name, array in arrays.items():
-                file.create_dataset(name, data=array, **options)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be written ({reason}), expected a writable folder (SSL4MIS_CACHE)") from None
+        raise DataError(f"{path}: cannot be written ({_reason(error)}), expected {expected}") from None
     finally:
         with suppress(OSError):  # gone already, or its folder never came to be
             temporary.unlink()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _blocks(array: np.ndarray, factor: int, first_axis: int) -> np.ndarray:

@@ -1,12 +1,15 @@
 """Fixtures that all tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are tiny, and workers run side by side
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `archives`
 
 
 def pytest_addoption(parser):

@@ -33,6 +33,7 @@ COVERED = {
     "net_unet3d_dv_semi": "test_unet_golden.py",
     "net_vnet": "test_vnet_golden.py",
     "net_vnet_sdf": "test_vnet_golden.py",
+    "preprocessing": "test_preprocessing_golden.py",
     "schedules": "test_schedules_golden.py",
     "sliding_window_bcp": "test_sliding_window_golden.py",
     "sliding_window_dtc": "test_sliding_window_golden.py",
@@ -63,7 +64,6 @@ NOT_COVERED = {
     "net_discriminator_dan": NETWORK,
     "net_discriminator_sassnet": NETWORK,
     "net_mcnet": NETWORK,
-    "preprocessing": "the suite reads data as published, already preprocessed",
     "r_drop": METHOD,
     "samplers": "deviation by design: both streams are endless chains of permutations, so that a batch depends on seed "
                 "and step only; the authors drop the labeled remainder and restart the unlabeled stream in each epoch",

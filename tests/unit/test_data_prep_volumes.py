@@ -70,6 +70,24 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert np.array_equal(volumes.read_image(tmp_path / "a.h5")[0], image)
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    """The size of files is limited here, which is met as a full disk is: at some write, or when the file is closed."""
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    image, label = case((40, 40, 40))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size in (100, 3000, 200_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            with pytest.raises(DataError, match="cannot be written") as error:
+                volumes.write_case(tmp_path / "a.h5", image, label)
+            check_line(error, tmp_path / "a.h5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not any(tmp_path.iterdir())
+
+
 def test_writing_refuses_what_does_not_fit(tmp_path):
     image, label = case()
     with pytest.raises(DataError, match=r"shape \(6, 5, 3\)"):
@@ -171,6 +189,26 @@ def test_damaged_compressed_bytes_are_refused(tmp_path):
     with pytest.raises(DataError, match="'image' is damaged") as error:
         volumes.read_image(path)
     check_line(error, path)
+
+
+def test_damaged_places_in_a_file_are_refused(tmp_path):
+    path = write(tmp_path / "a.h5", image=IMAGE)
+    content = path.read_bytes()
+    start = content.index(b"SNOD")  # the table of what is in the file
+    path.write_bytes(content[:start] + b"\0" + content[start + 1 :])
+    with pytest.raises(DataError, match="damaged") as error:
+        volumes.read_image(path)
+    check_line(error, path)
+
+
+def test_the_classes_of_a_region_are_merged_before_the_majority(tmp_path):
+    label = np.array([[[0, 0], [0, 1]], [[2, 1], [3, 2]]], np.uint8)  # 3 of 8 voxels are background, 5 are not
+    path = write(tmp_path / "a.h5", label=label)
+    assert volumes.read_label(path, 4, region=(1, 3)).tolist() == [[[0, 0], [0, 1]], [[0, 1], [1, 0]]]
+    assert volumes.cached_label(path, "X", "a", 2, 4).tolist() == [[[0]]]
+    assert volumes.cached_label(path, "X+region", "a", 2, 4, region=(1, 2, 3)).tolist() == [[[1]]]
+    with pytest.raises(DataError, match="value 3, expected 0 to 2"):
+        volumes.read_label(path, 3, region=(1, 2))
 
 
 @pytest.mark.parametrize("ones, expected", [(0, 0), (3, 0), (4, 0), (5, 1), (8, 1)])

@@ -20,15 +20,15 @@ def test_no_case_is_in_two_sets(name):
     for split in all_folds(name):
         for n in (1, 2, 8):
             labeled, unlabeled = split.labeled(n), split.unlabeled(n)
-            assert len(labeled) == n
-            assert len({*labeled, *unlabeled, *split.test}) == n + len(unlabeled) + len(split.test)
-            assert labeled + unlabeled == split.train
+            assert len(labeled) == n * split.per_patient
+            assert len({*labeled, *unlabeled, *split.test}) == len(labeled) + len(unlabeled) + len(split.test)
+            assert labeled + unlabeled == split.train + split.extra
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_labeled_sets_nest(name):
     for split in all_folds(name):
-        assert set(split.labeled(4)) < set(split.labeled(8)) < set(split.labeled(16))
+        assert set(split.labeled(4)) < set(split.labeled(8)) < set(split.labeled(min(16, split.patients)))
 
 
 @pytest.mark.parametrize(("name", "total"), [("LA-cv5", 100), ("LA-mcf5", 100), ("phantom-cv5", 40)])
@@ -146,7 +146,7 @@ def test_an_impossible_label_count_is_refused(n):
 
 def test_data_sets_are_found_in_any_case():
     assert [dataset(name.upper()).name for name in names()] == names()
-    assert names()[:2] == ["LA", "phantom"]
+    assert names()[:7] == ["LA", "Pancreas", "ACDC", "BraTS", "PROMISE12", "ISLES2022", "phantom"]
 
 
 def test_an_unknown_data_set_names_the_nearest():
@@ -161,10 +161,11 @@ def test_protocols_are_consistent(name):
     assert described.classes[0] == "background"
     for key, protocol in described.protocols.items():
         assert protocol.name == key
-        assert len(protocol.patch) == len(protocol.stride) == described.spatial_dims == len(described.spacing)
+        assert len(protocol.patch) == len(protocol.stride) == described.dims(protocol)
+        assert described.spatial_dims == len(described.spacing)
         assert all(
             size % 16 == 0 and 0 < step <= size for size, step in zip(protocol.patch, protocol.stride, strict=True)
         )
         split = load_split(protocol.split, 0)
         assert list(protocol.labeled) == sorted(protocol.labeled)
-        assert protocol.labeled[-1] < len(split.train)
+        assert protocol.labeled[-1] < split.patients
