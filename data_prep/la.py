@@ -1,23 +1,72 @@
-"""LA: 100 late gadolinium-enhanced MRI scans with the left atrium, as preprocessed and published by UA-MT."""
+"""LA: 100 late gadolinium-enhanced MRI scans with the left atrium, as published by UA-MT or from the raw archive."""
 
-import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_prep.spec import DataError, DatasetSpec, Protocol
+from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.recipes import Crop, Recipe, Step
+from data_prep.spec import DataError, DatasetSpec, Protocol, Store
+from data_prep.store import CaseStore, data_folder, find
 from data_prep.volumes import cached_image, cached_label, read_image, read_label
 
 CLASSES = ("background", "left atrium")
 SPACING = (0.625, 0.625, 0.625)
 FILE = "mri_norm2.h5"
+SCAN, LABEL = "lgemri.nrrd", "laendo.nrrd"
+PUBLISHED = "LA-published-1"  # the recipe of the published files, whose margins were drawn at random
+PREPARE = "python -m data_prep.prepare LA --raw DIR --out DATA"
 HOW_TO_GET = (
     f"expected DIR/<ID>/{FILE} or DIR/LA/<ID>/{FILE}, the files published in the repository yulequan/UA-MT, folder "
-    "'data/2018LA_Seg_Training Set' (the data belong to the 2018 Atrial Segmentation Challenge); "
-    "then set --data-root DIR or SSL4MIS_DATA=DIR"
+    "'data/2018LA_Seg_Training Set' (the data belong to the 2018 Atrial Segmentation Challenge), "
+    f"or what `{PREPARE}` writes; then set --data-root DIR or SSL4MIS_DATA=DIR"
 )
+
+RECIPES = {
+    "paper": Recipe(
+        dataset="LA",
+        name="paper",
+        version=1,
+        about="UA-MT's: z-scored over the whole scan, then cropped in x and y to the label's box with a margin of 15 "
+        "voxels (published: 10 to 19, drawn at random), widened to 112 voxels before; the axes as in the file",
+        orientation=None,
+        before=(Step("zscore", {"over": "all"}),),
+        crop=Crop("label", margin=(15, 15, None), voxels=True, smallest=(112, 112, 0), exclusive=True),
+    ),
+    "clean": Recipe(
+        dataset="LA",
+        name="clean",
+        version=1,
+        about="without the label: the box of the body, 0.625 mm, z-scored over the voxels of the body",
+        spacing=SPACING,  # what all scans of the archive have: only a new scan is resampled
+        crop=Crop("foreground", margin=(5, 5, 5)),
+        after=(Step("zscore", {"over": "foreground"}),),
+    ),
+}
+
+
+def raw_cases(root: Path) -> list[RawCase]:
+    """Every scan of the archive at any depth below a folder, sorted by id, with what is wrong as its problem.
+
+    Raises DataError where there is none.
+    """
+    folders = _folders(root, SCAN, LABEL)
+    if not folders:
+        raise wrong_folder(root, f"the archive of the 2018 Atrial Segmentation Challenge with <ID>/{SCAN} and {LABEL}")
+    return [_raw_case(case, *folders[case]) for case in sorted(folders)]
+
+
+def h5_cases(root: Path) -> list[H5Case]:
+    """Every published file at any depth below a folder, sorted by id. Raises DataError where there is none."""
+    folders = _folders(root, FILE)
+    if not folders:
+        raise wrong_folder(root, f"the published files <ID>/{FILE}")
+    return [H5Case(case, tuple(folder / FILE for folder in folders[case][:1]), spacing=SPACING, patient=case,
+                   problem=_repeated(case, *folders[case])) for case in sorted(folders)]
 
 
 class LAStore:
@@ -57,18 +106,51 @@ class LAStore:
             count = f"{len(missing)} of {len(cases)} case files are missing under {self.root}"
             raise DataError(f"LA: {count}, the first is {missing[0]}/{FILE}: {HOW_TO_GET}")
 
+    def provenance(self) -> dict[str, str]:
+        """The recipe of the published files; nothing sums them up."""
+        return {"recipe": PUBLISHED, "sha256": ""}
+
+    def replay(self) -> dict[str, Any]:
+        """A new scan is z-scored as the published ones were, and kept whole, since it has no label to crop by."""
+        return RECIPES["paper"].to_dict()
+
     def _find(self, case: str) -> Path | None:
         places = (self.root / case / FILE, self.root / "LA" / case / FILE)
         return next((path for path in places if path.is_file()), None)
 
 
-def _open(root: Path | None, protocol: Protocol) -> LAStore:
-    place = root or os.environ.get("SSL4MIS_DATA")
-    if not place:
-        raise DataError(f"LA: no data folder is given: {HOW_TO_GET}")
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"LA: {folder} is not a folder: {HOW_TO_GET}")
+def _folders(root: Path, *names: str) -> dict[str, list[Path]]:
+    """Folders with one of these files by their names, which are the ids."""
+    found = defaultdict(list)
+    for folder in sorted({path.parent for name in names for path in root.rglob(name)}):
+        found[folder.name].append(folder)
+    return found
+
+
+def _repeated(case: str, folder: Path, *others: Path) -> str:
+    return f"{others[0]}: case {case} again, expected it in {folder} only" if others else ""
+
+
+def _raw_case(case: str, folder: Path, *others: Path) -> RawCase:
+    image, label = folder / SCAN, folder / LABEL
+    # the scans that the challenge kept for testing have no labels in older downloads
+    unlabeled = not label.is_file() and "test" in folder.parent.name.lower()
+    missing = [path for path in (image, label) if not path.is_file() and not (path == label and unlabeled)]
+    problem = _repeated(case, folder, *others)
+    if missing:
+        problem = f"{missing[0]}: no such file, expected {SCAN} and {LABEL} in the folder of case {case}"
+    return RawCase(case, (image,), None if unlabeled else label, {0: 0, 255: 1}, patient=case, problem=problem)
+
+
+def _open(root: Path | None, protocol: Protocol) -> Store:
+    """What is prepared below a folder, and for the recipe of the papers else the published files there."""
+    folder = data_folder("LA", root, HOW_TO_GET)
+    prepared = find(folder, "LA", protocol.recipe)
+    if prepared:
+        return CaseStore(prepared, SPEC, protocol)
+    if protocol.recipe != "paper":
+        raise DataError(f"LA: nothing is prepared with recipe {protocol.recipe} under {folder}, expected what "
+                        f"`{PREPARE} --recipe {protocol.recipe}` writes")
     return LAStore(folder, protocol.downsample)
 
 

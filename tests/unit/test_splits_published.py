@@ -1,4 +1,4 @@
-"""The lists of Pancreas-CT, ACDC and BraTS-2019: equal to the published ones, by patients, balanced, reproducible."""
+"""The lists of `make_splits`: equal to the published ones, by patients, balanced by groups, reproducible."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import load_split, spec
+from data_prep import DataError, load_split, spec
 from data_prep import make_splits as make
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "splits"
@@ -20,8 +20,11 @@ SIZES = {  # train and test of every fold
     "Pancreas-cv5": [(64, 16)] * 5,
     "ACDC-paper": [(140, 40)],
     "ACDC-cv5": [(160, 40)] * 5,
+    "ACDC-lite": [(28, 14)],
     "BraTS2019-paper": [(250, 60)],
     "BraTS2019-cv5": [(268, 67)] * 5,
+    "PROMISE12-cv5": [(40, 10)] * 5,
+    "ISLES2022-cv5": [(200, 50)] * 5,
 }
 CV5 = [name for name in SIZES if name.endswith("cv5")]
 # First 16 digits of the published lists' SHA-256, in the spelling of their repositories.
@@ -85,6 +88,8 @@ def test_sizes_are_those_published(name):
         ("Pancreas-coranet", scans(*(n for n in range(1, 83) if n not in (25, 70)))),
         ("Pancreas-cv5", scans(*(n for n in range(1, 83) if n not in (25, 70)))),
         ("ACDC-cv5", tuple(f"patient{n:03d}_frame0{f}" for n in range(1, 101) for f in (1, 2))),
+        ("PROMISE12-cv5", tuple(f"Case{n:02d}" for n in range(50))),
+        ("ISLES2022-cv5", tuple(f"sub-strokecase{n:04d}" for n in range(1, 251))),
     ],
 )
 def test_every_fold_covers_all_cases(name, cases):
@@ -166,14 +171,33 @@ def test_coranet_equals_the_published_files(shared):
 
 @pytest.mark.parametrize(("count", "slices"), [(1, 32), (3, 68), (7, 136), (14, 256), (70, 1312)])
 def test_labeled_patients_of_acdc_are_the_labeled_slices_of_the_papers(shared, count, slices):
-    labeled = load_split("ACDC-paper", 0).labeled(2 * count)
+    labeled = load_split("ACDC-paper", 0).labeled(count)
     published = [line.split("_slice_")[0] for line in shared("acdc_train_slices.txt")]
     assert tuple(dict.fromkeys(published[:slices])) == labeled
     assert not set(published[slices:]) & set(labeled)
 
 
 def test_the_first_labeled_patients_of_acdc():
-    assert patients(load_split("ACDC-paper", 0).labeled(6)) == ["patient099", "patient038", "patient050"]
+    labeled = load_split("ACDC-paper", 0).labeled(3)
+    assert labeled == tuple(f"patient{n}_frame0{f}" for n in ("099", "038", "050") for f in (1, 2))
+
+
+def test_labels_of_acdc_are_counted_in_patients():
+    for name in ("ACDC-paper", "ACDC-cv5", "ACDC-lite"):
+        for split in all_folds(name):
+            assert split.per_patient == 2
+            assert 2 * split.patients == len(split.train)
+    paper = load_split("ACDC-paper", 0)
+    assert (len(paper.labeled(70)), len(paper.unlabeled(70))) == (140, 0)
+    with pytest.raises(DataError, match="labeled=71, expected 1 to 70 patients"):
+        paper.labeled(71)
+
+
+def test_the_small_list_of_acdc_is_the_beginning_of_the_published_one():
+    paper, lite = load_split("ACDC-paper", 0), load_split("ACDC-lite", 0)
+    assert (lite.train, lite.test) == (paper.train[:28], paper.test[:14])
+    assert (len(patients(lite.train)), len(patients(lite.test))) == (14, 7)
+    assert lite.labeled(3) == paper.labeled(3) and lite.labeled(14) == paper.labeled(14)
 
 
 @pytest.mark.parametrize("name", ["ACDC-paper", "ACDC-cv5"])
@@ -185,7 +209,8 @@ def test_patients_are_never_divided(name):
         owners = [one for part in parts for one in patients(part)]
         assert len(owners) == len(set(owners)) == 100
         for count in (1, 3, 7, 14):
-            assert not set(patients(split.labeled(2 * count))) & set(patients(split.unlabeled(2 * count)))
+            assert len(patients(split.labeled(count))) == count
+            assert not set(patients(split.labeled(count))) & set(patients(split.unlabeled(count)))
 
 
 def test_acdc_folds_are_balanced_by_group():
@@ -198,7 +223,7 @@ def test_acdc_folds_are_balanced_by_group():
 
 def test_few_labels_of_acdc_favor_no_group_over_the_folds():
     for count in (1, 3, 7, 14):
-        labeled = [group(one) for split in all_folds("ACDC-cv5") for one in patients(split.labeled(2 * count))]
+        labeled = [group(one) for split in all_folds("ACDC-cv5") for one in patients(split.labeled(count))]
         assert Counter(labeled) == dict.fromkeys(range(5), count)
 
 
