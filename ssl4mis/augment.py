@@ -2,10 +2,12 @@
 
 All randomness is drawn first; applying is deterministic and runs on the device of the data. Only the crop is ever
 rotated: a crop of the rotated volume is a rotated crop of the volume. Strong views change the intensities of a crop and
-leave its geometry alone, so that labels of the crop stay true; boxes to mix two crops are drawn by torch.
-Source: UA-MT dataloaders (RandomRotFlip, RandomCrop), also SSL4MIS, DTC, MCF; for strong views and boxes, what color
-jitter, blur and CutMix of UniMatch are on gray volumes.
+leave its geometry alone, so that labels of the crop stay true; boxes to mix two crops are drawn by torch. Planes of
+slices protocols are not cropped but resized to the patch, to the nearest voxel and by scipy's arithmetic.
+Source: UA-MT dataloaders (RandomRotFlip, RandomCrop), also SSL4MIS, DTC, MCF; for planes, SSL4MIS (RandomGenerator);
+for strong views and boxes, what color jitter, blur and CutMix of UniMatch are on gray volumes.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NAMES = ("rotflip",)
+NAMES = ("rotflip", "rotflip_or_rotate")
+ANGLES = (-20, 20)  # whole degrees of "rotflip_or_rotate", the last one never drawn
 JITTER, BLUR = 0.8, 0.5  # how often a strong view has other intensities, and how often it is blurred
 CONTRAST, BRIGHTNESS, SIGMA = (0.5, 1.5), (-0.5, 0.5), (0.1, 2.0)
 STRETCH = 0.6  # a box's sides differ by at most exp(2 * STRETCH), 3.3
@@ -75,6 +78,74 @@ def apply(volume: Tensor, view: View, out: Tensor) -> None:
     if crop.shape != out.shape:
         out.zero_()
     out[tuple(target)] = torch.flip(crop, [lead + axis for axis in view.flips]) if view.flips else crop
+
+
+class Plane(NamedTuple):
+    """A view of a whole plane: turned by `transpose` and `flips` as in `View` or by `angle` degrees, then resized."""
+
+    transpose: bool = False
+    flips: tuple[int, ...] = ()
+    angle: int = 0
+
+
+def draw_plane(rng: np.random.Generator, augmentation) -> Plane:
+    """A random view of a plane; with "rotflip_or_rotate" half are rotated and flipped, a quarter is turned a little.
+
+    The last quarter stays as it is: so SS-Net, BCP and, until June 2025, SSL4MIS, hence the published numbers.
+    """
+    chance = rng.random() if "rotflip_or_rotate" in augmentation else 1.0
+    if chance < 0.5 or "rotflip" in augmentation:
+        return Plane(*rotflip(int(rng.integers(4)), int(rng.integers(2))))
+    return Plane(angle=int(rng.integers(*ANGLES))) if chance < 0.75 else Plane()
+
+
+def apply_plane(plane: Tensor, view: Plane, out: Tensor) -> None:
+    """Write the view of a plane (*lead, x, y) into `out` (*lead, *patch); what a rotation brings in is zero."""
+    if view.angle:
+        index, outside = rotation(plane.shape[-2:], view.angle, out.shape[-2:], plane.device)
+        out.copy_(plane.flatten(-2).index_select(-1, index).view(out.shape)).masked_fill_(outside, 0)
+        return
+    if view.transpose:
+        plane = plane.transpose(-2, -1)
+    if view.flips:
+        plane = plane.flip([axis - 2 for axis in view.flips])
+    out.copy_(resize(plane, out.shape[-2:]))
+
+
+def resize(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(*lead, *space) to (*lead, *shape), to the nearest voxel: scipy's `zoom` of order 0.
+
+    Only that a last voxel, which scipy's rounding may push over the edge and fill with zero (at 256 to 216, for
+    example), is kept, as scipy does in its mode "nearest".
+    """
+    for axis, length in enumerate(shape, start=-len(shape)):
+        if image.shape[axis] != length:
+            image = image.index_select(axis, nearest(image.shape[axis], length, image.device).long())
+    return image
+
+
+def nearest(size: int, length: int, device) -> Tensor:
+    """For `length` places from the first to the last of `size` voxels the nearest voxel, (length,) float64."""
+    step = (size - 1) / (length - 1) if length > 1 else 1.0
+    return (torch.arange(length, device=device, dtype=torch.float64) * step + 0.5).floor_()
+
+
+def rotation(size: tuple[int, int], angle: int, patch: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+    """Where the voxels come from when a plane is rotated about its center and then resized to the patch.
+
+    Returns (patch voxels,) int64, indices into the flattened plane, and (*patch) bool, true where a voxel comes from
+    beyond the plane. It is scipy's `rotate` of order 0 without reshaping, then `resize`: float64, one operation after
+    the other, so that every device rounds alike.
+    """
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    last = tuple(length - 1 for length in size)
+    x, y = (end / 2 for end in last)
+    shift = x - (cos * x + sin * y), y - (cos * y - sin * x)
+    rows, columns = nearest(size[0], patch[0], device)[:, None], nearest(size[1], patch[1], device)
+    x, y = (rows * cos + columns * sin).add_(shift[0]), (columns * cos - rows * sin).add_(shift[1])
+    outside = (x < 0) | (x > last[0]) | (y < 0) | (y > last[1])
+    index = x.add_(0.5).floor_().mul_(size[1]).add_(y.add_(0.5).floor_()).masked_fill_(outside, 0)
+    return index.long().flatten(), outside
 
 
 class Strong(NamedTuple):

@@ -85,7 +85,7 @@ def type_text(kind) -> str:
 def make(cls: type, width: int, patch):
     """A method with its recipe for LA and networks of this size."""
     dataset, preset = data_prep.dataset(DATASET), cls.presets.get(DATASET, Preset())
-    task = Task(len(dataset.classes), dataset.spatial_dims, dataset.channels)
+    task = Task(len(dataset.classes), dataset.spatial_dims, len(dataset.modalities))
     spec = NetSpec(task.channels, tuple(patch), width, dataset.spacing)
     build = networks.Build(preset.run.get("network", RunSpec.network), task.classes, spec)
     return cls(build, task, cls.Config(**preset.hp))

@@ -20,7 +20,8 @@ from ssl4mis import registry
 from ssl4mis.errors import UserError
 from ssl4mis.records import digest
 
-NOT_HYPER = ("dataset", "protocol", "labeled", "fold", "seed")  # what a group of comparable runs may differ in
+# what a group of comparable runs may differ in
+NOT_HYPER = ("dataset", "protocol", "recipe", "labeled", "fold", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,11 @@ class RunSpec:
 
     Args:
         method: a name that --list shows, or package.module:Class.
-        dataset: a name that --list shows.
-        protocol: of the data set: split, resolution and defaults for what follows.
-        labeled: number of labeled training cases, or a share of them such as 20%.
+        dataset: a name that --list shows, or the folder of a prepared data set.
+        protocol: of the data set: split, resolution and defaults for what follows; cv5 where only a fold is named.
+        labeled: number of labeled training cases (of patients where each has several), or a share of them such as 20%.
         fold: of the protocol's split, or all.
+        recipe: how raw scans became cases, paper or clean; empty for the protocol's.
         seed: of weights, batches, dropout and noise.
         network: backbone.
         width: channels at full resolution; they double at each level.
@@ -57,6 +59,7 @@ class RunSpec:
     protocol: str = "paper"
     labeled: int | str = 16
     fold: int | str = 0
+    recipe: str = ""
     seed: int = 0
     network: str = "vnet"
     width: int = 16
@@ -80,12 +83,17 @@ class RunSpec:
         """Readable name of the run, unique by its hash."""
         method = re.sub(r"[^\w.]+", ".", self.method)
         parts = (self.dataset, self.protocol, self.labeled, self.network, method, f"f{self.fold}", f"s{self.seed}")
-        return "-".join(map(str, parts)) + "-" + digest(dataclasses.asdict(self))
+        return "-".join(map(str, parts)) + "-" + digest(self.stated)
+
+    @property
+    def stated(self) -> dict:
+        """The settings by name; those younger than the first records only where they are set, so that ids stay."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "recipe" or value}
 
     @property
     def hp_hash(self) -> str:
         """Hash of what all folds and seeds of one leaderboard row share, data set and protocol apart."""
-        return digest({name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_HYPER})
+        return digest({name: value for name, value in self.stated.items() if name not in NOT_HYPER})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +155,16 @@ def in_order(argv: list[str]) -> list[str]:
 
 
 def peek(argv: list[str]) -> dict[str, str]:
-    """Method, data set and protocol named by the command line or its config files; they decide the other defaults.
+    """Method, data set (and its folder), protocol and fold that the command line or its config files name.
+
+    They decide the other defaults.
 
     UserError naming a config file that is not a YAML mapping.
     """
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.add_argument("--config", action="append", default=[], type=Path)
-    for name in ("method", "dataset", "protocol"):
+    scan.add_argument("--data_root", type=Path)
+    for name in ("method", "dataset", "protocol", "fold"):
         scan.add_argument(f"--{name}")
     try:
         named = vars(scan.parse_known_args(argv)[0])
@@ -183,11 +194,13 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     parser.add_class_arguments(RunOptions)
     try:
         named = peek(argv)
-        spec = data_prep.dataset(named.get("dataset", "LA"))
-        protocol = find_protocol(spec, named.get("protocol"))
+        spec, _ = data_prep.locate(named.get("dataset", "LA"), named.get("data_root"))
+        # a fold says that there are several; the first protocol of a data set has one
+        folds = "cv5" if "fold" in named and "cv5" in spec.protocols else None
+        protocol = find_protocol(spec, named.get("protocol", folds))
         defaults = {"dataset": spec.name, "protocol": protocol.name, "labeled": protocol.labeled[-1]}
         shared = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(protocol)}
-        for name in shared - {"labeled"}:
+        for name in shared - {"labeled", "recipe"}:
             value = getattr(protocol, name)
             defaults[name] = list(value) if isinstance(value, tuple) else value
         if "method" in named:
@@ -205,7 +218,7 @@ def method_defaults(method: type, dataset, protocol) -> dict:
     from ssl4mis.method import Preset
 
     preset = method.presets.get(dataset.name, Preset())
-    if preset.dims not in (None, dataset.spatial_dims):
+    if preset.dims not in (None, dataset.dims(protocol)):
         preset = Preset()
     defaults = {f"hp.{name}": value for name, value in preset.hp.items()} | preset.run
     if preset.iterations and protocol.published:
@@ -245,38 +258,43 @@ def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOpti
     try:
         for name in ("log_every", "save_every"):
             at_least(1, name, getattr(options, name))
-        return resolve(spec), options
+        dataset, root = data_prep.locate(spec.dataset, options.data_root)
+        return resolve(spec, dataset), dataclasses.replace(options, data_root=root)
     except (UserError, data_prep.DataError) as error:
         parser.error(error)
 
 
-def resolve(spec: RunSpec) -> list[RunSpec]:
+def resolve(spec: RunSpec, dataset) -> list[RunSpec]:
     """Canonical names, counts for shares, one spec per fold; UserError or DataError on impossible values."""
-    dataset = data_prep.dataset(spec.dataset)
     protocol = find_protocol(dataset, spec.protocol)
-    check_values(spec, dataset.spatial_dims)
-    split = data_prep.load_split(protocol.split, 0)
+    check_values(spec, dataset.dims(protocol), protocol.slices)
+    split = data_prep.load_split(protocol.split, 0, dataset.splits)
     folds = range(split.folds) if spec.fold == "all" else [whole_number("fold", spec.fold)]
-    known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name)
+    known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name,
+                                recipe="" if spec.recipe == protocol.recipe else spec.recipe)
     runs = []
     for fold in folds:
-        split = data_prep.load_split(protocol.split, fold)
-        count = case_count(spec.labeled, len(split.train))
+        split = data_prep.load_split(protocol.split, fold, dataset.splits)
+        count = case_count(spec.labeled, split.patients)
         unlabeled = spec.unlabeled_batch if split.unlabeled(count) else 0
         runs.append(dataclasses.replace(known, fold=fold, labeled=count, unlabeled_batch=unlabeled))
     return runs
 
 
-def check_values(spec: RunSpec, dims: int) -> None:
+def check_values(spec: RunSpec, dims: int, slices: bool = False) -> None:
     """UserError, one line, on values that cannot work, alone or together."""
     from ssl4mis.augment import NAMES
 
     method = registry.method_class(spec.method)
     if spec.network not in networks.NAMES:
         raise UserError(registry.nearest("network", spec.network, networks.NAMES))
+    if spec.recipe and not re.fullmatch(r"\w+", spec.recipe):
+        raise UserError(f"recipe {spec.recipe!r}: expected paper or clean")
     for name in spec.augmentation:
         if name not in NAMES:
             raise UserError(registry.nearest("augmentation", name, NAMES))
+        if name == "rotflip_or_rotate" and not slices:
+            raise UserError(f"augmentation {name}: turns whole slices, expected rotflip or [] for crops")
     for name in ("patch", "stride"):
         if len(getattr(spec, name)) != dims or min(getattr(spec, name)) < 1:
             raise UserError(f"{name} {getattr(spec, name)}: expected {dims} positive numbers")

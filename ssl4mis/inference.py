@@ -1,7 +1,8 @@
-"""Sliding-window inference over a method's `predict`, by the published window rule.
+"""Inference over a method's `predict`: by sliding windows with the published window rule, or plane by plane.
 
 Windows start at min(i * stride, size - patch); volumes smaller than the patch are zero-padded evenly; probabilities are
 averaged plainly. Source: UA-MT test_util.test_single_case, used by every 3D code base of the field.
+Planes are resized to the patch and their class maps back, both to the nearest voxel. Source: SSL4MIS val_2D.
 """
 import itertools
 import math
@@ -9,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ssl4mis.augment import resize
 
 
 def window_starts(size, patch, stride) -> list[tuple[int, ...]]:
@@ -45,3 +48,15 @@ def sliding_window(predict, image: Tensor, patch, stride, batch: int = 4) -> Ten
             count[box] += 1
     inner = (..., *(slice(b, b + length) for b, length in zip(before, space, strict=True)))
     return (total / count)[inner]
+
+
+@torch.inference_mode()
+def by_planes(predict, image: Tensor, patch, batch: int = 16) -> Tensor:
+    """Image (C, x, y, planes) -> classes (x, y, planes) uint8, on the image's device.
+
+    Args:
+        predict: (B, C, *patch) -> (B, K, *patch) probabilities.
+        patch: voxels per axis. batch: planes per call; it does not change the result, but for rounding in `predict`.
+    """
+    classes = [predict(resize(planes, patch)).argmax(1).to(torch.uint8) for planes in image.movedim(-1, 0).split(batch)]
+    return resize(torch.cat(classes), image.shape[1:3]).movedim(0, -1).contiguous()

@@ -11,8 +11,8 @@ from ssl4mis import records as store
 from ssl4mis.selection import run_scores, select
 
 COLUMNS = (
-    "rank,source,dataset,protocol,split,labeled,unlabeled,method,network,batch,precision,Dice,Dice_sd,Jaccard,Jaccard_sd,"
-    "95HD,95HD_sd,ASD,ASD_sd,95HD_mm,ASD_mm,missed,n,folds,seeds,complete,selection,hp_hash,iterations,"
+    "rank,source,dataset,protocol,split,data,labeled,unlabeled,method,network,batch,precision,Dice,Dice_sd,Jaccard,"
+    "Jaccard_sd,95HD,95HD_sd,ASD,ASD_sd,95HD_mm,ASD_mm,missed,n,folds,seeds,complete,selection,hp_hash,iterations,"
     "iterations_per_s,device,hours,reference"
 ).split(",")
 REPORTED = "method,dataset,labeled,unlabeled,dice,jaccard,hd95,asd,backbone,split,source".split(",")
@@ -48,6 +48,8 @@ class Group(NamedTuple):
 def groups(records, rule: str = "last", policy: str = "penalty") -> list[Group]:
     """Records that count, grouped by all that defines a method's result but fold and seed.
 
+    Cases that different recipes made are different cases, so their runs never meet.
+
     Raises ValueError when two records of a group share fold and seed.
     """
     counted = select(records, rule)
@@ -55,8 +57,8 @@ def groups(records, rule: str = "last", policy: str = "penalty") -> list[Group]:
     gathered = defaultdict(dict)
     for run in counted:
         spec, split = run["spec"], labels[run["id"]]
-        key = (spec["dataset"], spec["protocol"], split, run["split"]["folds"], spec["labeled"], spec["method"],
-               spec["network"], spec["precision"], run["hp_hash"])  # fmt: skip
+        key = (spec["dataset"], spec["protocol"], split, data_of(run), run["split"]["folds"], spec["labeled"],
+               spec["method"], spec["network"], spec["precision"], run["hp_hash"])  # fmt: skip
         place = (spec["fold"], spec["seed"])
         if place in gathered[key]:
             other = gathered[key][place]["id"]
@@ -67,6 +69,13 @@ def groups(records, rule: str = "last", policy: str = "penalty") -> list[Group]:
         runs = [runs[place] for place in sorted(runs)]
         found.append(Group(key[2], runs, [run_scores(run, policy) for run in runs]))
     return found
+
+
+def data_of(record: dict) -> str:
+    """Id of the recipe that made the cases; "" where they are made by the program itself."""
+    spec = record["spec"]
+    # records without the entry are older than the recipes: LA was then read from the published files only
+    return record["data"]["recipe"] if "data" in record else {"LA": "LA-published-1"}.get(spec["dataset"], "")
 
 
 def rows(records, reported=(), rule: str = "last", policy: str = "penalty") -> list[dict[str, str]]:
@@ -150,13 +159,12 @@ def update_readme(path, table) -> bool:
 
 
 def markdown(table, policy: str = "penalty") -> str:
-    """Markdown of the measured rows: one compact table per data set, protocol and split, and a note on units."""
+    """Markdown of the measured rows: a compact table per data set, protocol, split and recipe, and a note on units."""
     sections = _sections(table)
     if not sections:
         return "No measured rows yet.\n"
     parts = [
-        f"### {dataset}, protocol {protocol}, split {split}\n\n{markdown_table(COMPACT.values(), cells)}"
-        for (dataset, protocol, split), cells in sections.items()
+        f"### {', '.join(title)}\n\n{markdown_table(COMPACT.values(), cells)}" for title, cells in sections.items()
     ]
     note = (
         "Batch: labeled + unlabeled samples per step. Dice and Jaccard in %, 95HD and ASD in voxels: mean over n runs "
@@ -209,11 +217,12 @@ def mean_text(values, digits: int) -> str:
 
 
 def _sections(table):
-    """(data set, protocol, split) -> the compact cells of its measured rows, in table order."""
+    """Words of a title (data set, protocol, split, data) -> the compact cells of its measured rows, in table order."""
     sections = defaultdict(list)
     for row in table:
         if row["source"] == "measured":
-            sections[row["dataset"], row["protocol"], row["split"]].append(_compact(row))
+            words = [row["dataset"], *(f"{word} {row[word]}" for word in ("protocol", "split", "data") if row[word])]
+            sections[tuple(words)].append(_compact(row))
     return sections
 
 
@@ -242,7 +251,7 @@ def _ranked(found):
     for group in found:
         run = group.runs[0]
         spec = run["spec"]
-        place = (spec["dataset"], spec["protocol"], group.split, run["split"]["folds"], spec["labeled"])
+        place = (spec["dataset"], spec["protocol"], group.split, data_of(run), run["split"]["folds"], spec["labeled"])
         fields[place].append((fmean(score["dice"] for score in group.scores), group))
     table = []
     for _, entries in sorted(fields.items()):
@@ -259,7 +268,8 @@ def _measured_row(group, rank):
     spec, split = run["spec"], run["split"]
     row = dict.fromkeys(COLUMNS, "") | {
         "rank": rank, "source": "measured", "dataset": spec["dataset"], "protocol": spec["protocol"],
-        "split": group.split, "labeled": str(spec["labeled"]), "unlabeled": str(len(split["unlabeled"])),
+        "split": group.split, "data": data_of(run), "labeled": str(spec["labeled"]),
+        "unlabeled": str(len(split["unlabeled"]) // split.get("per_patient", 1)),
         "method": spec["method"], "network": spec["network"], "precision": spec["precision"],
         "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
         "missed": str(sum(score["missed"] for score in group.scores)), "n": str(len(runs)),

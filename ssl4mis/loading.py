@@ -1,7 +1,9 @@
-"""Volumes to batches: all resident in memory, no worker processes, a batch is a pure function of (seed, step).
+"""Volumes to batches: no worker processes, a batch is a pure function of (seed, step).
 
-Images stay on the device where they fit, and crops are cut there. Labels are read for labeled cases only.
+Images stay on the device where they fit, and crops are cut there; mapped files stay on the disk where they do not, and
+a crop reads its own part of them. Labels are read for labeled cases only.
 """
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from ssl4mis import augment
 from ssl4mis.batch import Batch, Half
+from ssl4mis.errors import UserError
 from ssl4mis.method import Needs
 
 # Streams of randomness that never share a seed; new ones go to the end, or recorded runs would be other runs.
@@ -32,6 +35,13 @@ def chain(count: int, position: int, *key: int) -> int:
     return permutation(count, *key, position // count)[position % count]
 
 
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor on its own memory, be it read-only or mapped from a file; it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
 class Loader:
     """Batches from a store of cases.
 
@@ -42,18 +52,32 @@ class Loader:
         seed: of the run; augmentation: names in `augment.NAMES`.
         device: where batches are made; dtype: how images are kept (float32 or float16).
         needs: what the method asks for.
+        slices: whether samples are the planes across the last axis of the volumes, each resized to the patch. A plane
+            is then a case, "volume/number".
     """
 
     def __init__(self, store, labeled, unlabeled, patch, batch, seed, augmentation, device, dtype=torch.float32,
-                 needs=NOTHING):
-        self.cases = (tuple(labeled), tuple(unlabeled) if batch[1] else ())
+                 needs=NOTHING, slices=False):
         self.patch, self.sizes, self.seed, self.augmentation = tuple(patch), tuple(batch), seed, tuple(augmentation)
-        self.device, self.dtype, self.needs = torch.device(device), dtype, needs
-        everything = [torch.from_numpy(store.image(case)).to(dtype) for half in self.cases for case in half]
+        self.device, self.dtype, self.needs, self.slices = torch.device(device), dtype, needs, slices
+        if "rotflip_or_rotate" in self.augmentation and not slices:
+            raise UserError("augmentation rotflip_or_rotate: turns whole slices, expected rotflip or none for crops")
+        halves = [self._samples(cases, lambda case: as_tensor(store.image(case)).to(dtype))
+                  for cases in (labeled, unlabeled if batch[1] else ())]
+        self.cases = tuple(map(tuple, halves))
+        everything = [image for half in halves for image in half.values()]
         self.home = self._home(sum(image.nbytes for image in everything))
         self.images = [image.to(self.home) for image in everything]
-        self.labels = [torch.from_numpy(store.label(case)).to(self.home) for case in self.cases[0]]
+        labels = self._samples(labeled, lambda case: as_tensor(store.label(case)))
+        self.labels = [label.to(self.home) for label in labels.values()]
         self.channels = self.images[0].shape[0]
+
+    def _samples(self, cases, read) -> dict[str, torch.Tensor]:
+        """The volumes or their planes by id; planes are views of their volume."""
+        volumes = {case: read(case) for case in cases}
+        if not self.slices:
+            return volumes
+        return {f"{case}/{n}": plane for case, volume in volumes.items() for n, plane in enumerate(volume.unbind(-1))}
 
     def _home(self, size: int) -> torch.device:
         """Where volumes live: on the device if they take less than half of what is free there."""
@@ -79,7 +103,7 @@ class Loader:
         image, names = self._crops(indices, views), self.names(stage, step)
         label = torch.empty((count, *self.patch), dtype=torch.uint8, device=self.home)
         for slot, index in enumerate(labeled):
-            augment.apply(self.labels[index], views[slot], label[slot])
+            self._apply(self.labels[index], views[slot], label[slot])
         return Batch(image, Half(image[:count], label.to(self.device), tuple(names[:count])),
                      self._unlabeled(image[count:], indices[count:], views[count:], stage, STRONG, step),
                      self._partner(stage, step) if self.needs.partner and unlabeled else None)
@@ -92,15 +116,23 @@ class Loader:
         views = self._views(indices, stage, PARTNER_VIEW, step)
         return self._unlabeled(self._crops(indices, views), indices, views, stage, PARTNER_STRONG, step)
 
-    def _views(self, indices, stage: int, kind: int, step: int) -> list[augment.View]:
-        return [augment.draw(stream(self.seed, stage, kind, step, slot), tuple(self.images[index].shape[1:]),
-                             self.patch, self.augmentation) for slot, index in enumerate(indices)]
+    def _views(self, indices, stage: int, kind: int, step: int) -> list:
+        return [self._draw(stream(self.seed, stage, kind, step, slot), tuple(self.images[index].shape[1:]))
+                for slot, index in enumerate(indices)]
+
+    def _draw(self, rng: np.random.Generator, size: tuple[int, ...]) -> augment.View | augment.Plane:
+        if self.slices:
+            return augment.draw_plane(rng, self.augmentation)
+        return augment.draw(rng, size, self.patch, self.augmentation)
+
+    def _apply(self, image: torch.Tensor, view: augment.View | augment.Plane, out: torch.Tensor) -> None:
+        (augment.apply_plane if self.slices else augment.apply)(image, view, out)
 
     def _crops(self, indices, views) -> torch.Tensor:
         """(B, C, *patch) float32 on the device."""
         image = torch.empty((len(indices), self.channels, *self.patch), dtype=self.dtype, device=self.home)
         for slot, (index, view) in enumerate(zip(indices, views, strict=True)):
-            augment.apply(self.images[index], view, image[slot])
+            self._apply(self.images[index], view, image[slot])
         return image.to(self.device, torch.float32)
 
     def _unlabeled(self, image, indices, views, stage: int, kind: int, step: int) -> Half:
@@ -115,7 +147,7 @@ class Loader:
             rng = stream(self.seed, stage, kind, step, slot)
             for one in strong:
                 one[slot] = augment.apply_strong(image[slot], augment.draw_strong(rng))
-            augment.apply(inside.expand(self.images[index].shape[1:]), view, valid[slot])
+            self._apply(inside.expand(self.images[index].shape[1:]), view, valid[slot])
         return Half(image, None, names, tuple(strong), valid)
 
 

@@ -107,4 +107,5 @@ def _name(spec, group):
 
 def _title(group):
     spec = group.runs[0]["spec"]
-    return f"{_name(spec, group)}, {spec['labeled']} labeled, split {group.split}"
+    data = leaderboard.data_of(group.runs[0])
+    return f"{_name(spec, group)}, {spec['labeled']} labeled, split {group.split}" + (f", data {data}" if data else "")

@@ -38,39 +38,43 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     if record_path.exists():
         say(f"{spec.id} is finished: {record_path}")
         return record_path
-    dataset = data_prep.dataset(spec.dataset)
+    dataset, root = data_prep.locate(spec.dataset, options.data_root)
     protocol = find_protocol(dataset, spec.protocol)
-    split = data_prep.load_split(protocol.split, spec.fold)
-    store = dataset.open(options.data_root, protocol)
-    store.check([*split.train, *split.test])
+    if spec.recipe:
+        protocol = dataclasses.replace(protocol, recipe=spec.recipe)
+    split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
+    store = dataset.open(root, protocol)
+    store.check([*split.train, *split.extra, *split.test])
 
     code = code_version()
     torch.manual_seed(spec.seed)
-    spacing = tuple(mm * protocol.downsample for mm in dataset.spacing)
-    task = Task(len(dataset.classes), dataset.spatial_dims, dataset.channels,
+    dims = dataset.dims(protocol)
+    spacing = tuple(mm * protocol.downsample for mm in dataset.spacing[:dims])
+    task = Task(len(dataset.task(protocol)), dims, len(dataset.channels(protocol)),
                 (spec.labeled_batch, spec.unlabeled_batch))
     method = build_method(spec, task, spacing)
     folder = options.out / "runs" / spec.id
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
-    say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {len(split.train)} training cases")
+    data = describe_data(dataset, protocol, store)
+    keep_description(folder, spec, data)
+    unit = "patients" if split.per_patient > 1 else "cases"
+    say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {split.patients} training {unit}")
     for remark in method.remarks():
         say(remark)
     if method.needs.unlabeled and not spec.unlabeled_batch:
         say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
     loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,
                     (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
-                    getattr(torch, spec.storage), method.needs)
+                    getattr(torch, spec.storage), method.needs, protocol.slices)
     trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every)
     trained = trainer.fit()
 
     say(f"evaluating {len(split.test)} test cases with the last weights")
     started = time.monotonic()
-    rows = evaluate(method, store, split.test, dataset.classes, spec.patch, spec.stride, device,
-                    paced(say, "evaluated", len(split.test)))
+    rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+                    paced(say, "evaluated", len(split.test)), slices=protocol.slices)
     timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
               "iterations_per_second": spec.iterations / trained["seconds"]}
-    record = describe(spec, dataset, split, device) | {
+    record = describe(spec, data, split, device) | {
         "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)}, "code": code,
         "curve": trained["curve"],
     }
@@ -82,16 +86,41 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     return path
 
 
-def describe(spec: RunSpec, dataset, split, device: torch.device) -> dict:
+def describe_data(dataset, protocol, store) -> dict:
+    """What a run was made of and what a prediction with it must replay; it lies in the run's folder."""
+    return store.provenance() | {
+        "replay": store.replay(), "modalities": list(dataset.channels(protocol)),
+        "classes": list(dataset.task(protocol)),
+        "targets": {name: list(values) for name, values in dataset.targets(protocol).items()},
+        "slices": protocol.slices, "downsample": protocol.downsample,
+    }
+
+
+def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
+    """Write the settings and the description of the data into a run's folder; UserError where it holds other data."""
+    kept = folder / "data.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = json.loads(json.dumps(data))  # tuples as lists, to compare with what was written
+    if kept.exists() and (before := json.loads(kept.read_text())) != data:
+        changed = next(key for key in data if before.get(key) != data[key])
+        raise UserError(f"{folder}: the run began on other data, {changed} {before.get(changed)}, expected "
+                        f"{data[changed]} as now; remove the folder to start again")
+    (folder / "config.json").write_text(json.dumps(spec.stated, indent=1) + "\n")
+    kept.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
     """The part of a record that is known before training."""
     return {
-        "schema": records.SCHEMA, "id": spec.id, "spec": dataclasses.asdict(spec), "hp_hash": spec.hp_hash,
+        "schema": records.SCHEMA, "id": spec.id, "spec": spec.stated, "hp_hash": spec.hp_hash,
+        "data": {key: data[key] for key in ("recipe", "sha256")},
         "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
+                  "per_patient": split.per_patient,
                   "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
                   "test": split.test},
         "selection": "last",
         "evaluation": {"precision": "32-true", "patch": spec.patch, "stride": spec.stride, "postprocess": "none"},
-        "classes": dataset.classes, "device": {"type": device.type, "name": device_name(device)},
+        "classes": [data["classes"][0], *data["targets"]], "device": {"type": device.type, "name": device_name(device)},
         "environment": environment(),
     }
 

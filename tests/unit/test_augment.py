@@ -1,12 +1,13 @@
-"""Turn and crop against numpy, the starts that the authors' code can draw, strong views and boxes."""
+"""Turn and crop against numpy, whole planes against scipy, what the authors' code can draw, strong views and boxes."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, rotate, zoom
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl4mis import augment
-from ssl4mis.augment import Strong, View
+from ssl4mis.augment import Plane, Strong, View
 
 
 def oracle(volume, turns, axis, start, margin, patch):
@@ -102,6 +103,125 @@ def test_padded_volumes_stay_inside_their_padding():
 def test_without_augmentation_only_crops():
     view = augment.draw(np.random.default_rng(0), (20, 20), (8, 8), ())
     assert (view.transpose, view.flips, view.margin) == (False, (), (0, 0))
+
+
+def whole(plane, patch, angle=None, turns=None, axis=0, mode="constant"):
+    """A turned and resized plane (x, y) by numpy and scipy, as the authors' code has it."""
+    if angle is not None:
+        plane = rotate(plane, angle, order=0, reshape=False)
+    elif turns is not None:
+        plane = np.flip(np.rot90(plane, turns), axis)
+    return zoom(plane, [new / old for new, old in zip(patch, plane.shape, strict=True)], order=0, mode=mode)
+
+
+def plane_of(size, seed=0):
+    """Image (x, y) float32 without zeros, so that what comes from outside shows, and label (x, y) uint8."""
+    rng = np.random.default_rng([seed, *size])
+    return rng.normal(size=size).astype(np.float32) + 10, rng.integers(1, 200, size).astype(np.uint8)
+
+
+def applied_to_plane(plane, view, patch):
+    """`augment.apply_plane` into memory that holds rubbish."""
+    out = torch.full(patch, 7, dtype=torch.tensor(plane).dtype)
+    augment.apply_plane(torch.tensor(plane), view, out)
+    return out.numpy()
+
+
+@pytest.mark.parametrize("size", [(216, 256), (154, 224), (428, 512), (256, 256), (320, 320), (173, 208), (7, 300)])
+def test_rotated_planes_are_what_scipy_gives(size):
+    """Every angle, on sizes of ACDC and PROMISE12; scipy's default mode, for which 256 is a harmless size."""
+    image, label = plane_of(size)
+    for angle in range(*augment.ANGLES):
+        found = applied_to_plane(image, Plane(angle=angle), (256, 256))
+        assert np.array_equal(found, whole(image, (256, 256), angle)), angle
+        found = applied_to_plane(label, Plane(angle=angle), (256, 256))
+        assert np.array_equal(found, whole(label, (256, 256), angle)), angle
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_planes_of_any_size_are_what_scipy_gives(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(25):
+        size, patch = tuple(map(int, rng.integers(1, 60, 2))), tuple(map(int, rng.integers(1, 80, 2)))
+        image, label = plane_of(size)
+        for angle in (None, *map(int, rng.integers(-90, 90, 2))):
+            found = applied_to_plane(image, Plane(angle=angle or 0), patch)
+            assert np.array_equal(found, whole(image, patch, angle, mode="nearest")), (size, patch, angle)
+        turns, axis = int(rng.integers(4)), int(rng.integers(2))
+        found = applied_to_plane(label, Plane(*augment.rotflip(turns, axis)), patch)
+        assert np.array_equal(found, whole(label, patch, turns=turns, axis=axis, mode="nearest")), (size, patch)
+
+
+@pytest.mark.parametrize(("size", "new"), [((256, 256), (216, 256)), ((256, 256), (174, 202)), ((4, 9), (188, 40))])
+def test_resizing_keeps_the_last_voxels(size, new):
+    """Where rounding leads past the edge scipy's default mode fills with zero, and nowhere else do we differ."""
+    plane = plane_of(size)[0]
+    found = augment.resize(torch.from_numpy(plane), new).numpy()
+    assert np.array_equal(found, whole(plane, new, mode="nearest"))
+    assert np.array_equal(found[:-1, :-1], whole(plane, new)[:-1, :-1])
+    assert np.array_equal(found[[0, 0, -1, -1], [0, -1, 0, -1]], plane[[0, 0, -1, -1], [0, -1, 0, -1]])
+
+
+@pytest.mark.parametrize(("size", "length", "expected"), [
+    (4, 7, [0, 1, 1, 2, 2, 3, 3]), (5, 3, [0, 2, 4]), (4, 4, [0, 1, 2, 3]), (3, 1, [0]), (1, 3, [0, 0, 0]),
+    (2, 4, [0, 0, 1, 1]),
+])
+def test_nearest_goes_from_the_first_to_the_last_voxel_and_halves_go_up(size, length, expected):
+    assert augment.nearest(size, length, "cpu").tolist() == expected
+
+
+VIEWS = (Plane(), Plane(True, (0, 1)), Plane(False, (1,)), Plane(angle=-20), Plane(angle=13))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_channels_types_and_strides_of_planes(view):
+    """Planes of a volume with channels, across its last axis, like each plane alone; masks too."""
+    volume = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 17, 23, 4)).astype(np.float32))
+    out = torch.empty(3, 20, 16)
+    augment.apply_plane(volume[..., 2], view, out)
+    alone = [applied_to_plane(volume[channel, ..., 2].numpy(), view, (20, 16)) for channel in range(3)]
+    assert np.array_equal(out, alone)
+    inside = torch.ones((), dtype=torch.bool).expand(17, 23)
+    valid = torch.empty(20, 16, dtype=torch.bool)
+    augment.apply_plane(inside, view, valid)
+    assert np.array_equal(valid, applied_to_plane(np.ones((17, 23), np.float32), view, (20, 16)) == 1)
+    assert valid.all() == (not view.angle)
+
+
+class OnMeta(TorchDispatchMode):
+    """The meta device has no values to read; nothing may be made on another one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        assert made.device.type == "meta", func
+        return made
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_planes_stay_on_their_device(view):
+    with OnMeta():
+        out = torch.empty(2, 16, 16, device="meta")
+        augment.apply_plane(torch.empty(2, 20, 30, device="meta"), view, out)
+
+
+def test_planes_are_drawn_as_the_authors_do():
+    views = [augment.draw_plane(np.random.default_rng([3, n]), ("rotflip_or_rotate",)) for n in range(4000)]
+    turned = [view for view in views if view.transpose or view.flips]
+    rotated = [view.angle for view in views if not (view.transpose or view.flips)]
+    assert len(rotated) == pytest.approx(2000, abs=100)
+    assert all(view.angle == 0 for view in turned)
+    counts = {angle: rotated.count(angle) for angle in set(rotated)}
+    assert counts.pop(0) == pytest.approx(1000 + 25, abs=100)  # left as they are, or turned by 0 degrees
+    assert sorted({0, *counts}) == list(range(-20, 20)) and min(counts.values()) > 8 and max(counts.values()) < 50
+    quarters = {view: turned.count(view) for view in set(turned)}
+    assert {view[:2] for view in quarters} == {augment.rotflip(k, axis) for k in range(4) for axis in range(2)}
+    assert min(quarters.values()) > 420
+
+
+def test_planes_without_rotation_and_without_augmentation():
+    views = {augment.draw_plane(np.random.default_rng(n), ("rotflip",)) for n in range(100)}
+    assert views == {Plane(*augment.rotflip(k, axis)) for k in range(4) for axis in range(2)}
+    assert augment.draw_plane(np.random.default_rng(0), ()) == Plane()
 
 
 def drawn(count=4000):

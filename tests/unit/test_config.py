@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 import data_prep
-from ssl4mis import config
+from ssl4mis import config, records
 from ssl4mis.config import NOT_HYPER, RunOptions, RunSpec
 
+ROOT = Path(__file__).resolve().parents[2]
 USER = "--method ua_mt --dataset LA --labeled 16"
 
 
@@ -72,6 +73,27 @@ def test_every_protocol_sets_its_own_defaults(name):
 
 def test_without_a_protocol_the_first_one_counts():
     assert one("--method ua_mt --dataset phantom").protocol == next(iter(data_prep.dataset("phantom").protocols))
+
+
+def test_a_fold_alone_asks_for_the_five_folds():
+    spec = one(f"{USER} --fold 0")
+    assert (spec.protocol, spec.fold) == ("cv5", 0)
+    assert one(f"{USER} --fold 0 --protocol paper") == one(USER)
+    assert [spec.protocol for spec in parse(f"{USER} --fold all")[0]] == ["cv5"] * 5
+
+
+def test_the_protocols_own_recipe_is_the_default():
+    assert one(f"{USER} --recipe paper") == one(USER)
+    clean = one(f"{USER} --recipe clean")
+    assert clean.recipe == "clean" and clean.id != one(USER).id and clean.hp_hash == one(USER).hp_hash
+
+
+def test_ids_of_the_first_records_stay():
+    """A finished run is found again: what was added to the settings later is left out where it is not set."""
+    assert "recipe" not in one(USER).stated and one(f"{USER} --recipe clean").stated["recipe"] == "clean"
+    for path in (ROOT / "results" / "records").glob("*.json"):
+        record = records.read(path)
+        assert RunSpec(**record["spec"]).id == record["id"]
 
 
 def test_a_method_without_unlabeled_data_gets_none():
@@ -145,6 +167,7 @@ def test_two_files_that_share_the_settings(tmp_path):
 
 OTHER = {
     "method": "mean_teacher", "dataset": "phantom", "protocol": "lite", "labeled": 8, "fold": 1, "seed": 1,
+    "recipe": "clean",
     "network": "unet", "width": 8, "patch": [96, 112, 80], "stride": [18, 18, 8], "iterations": 3000,
     "labeled_batch": 1, "unlabeled_batch": 1, "learning_rate": 0.02, "schedule": "poly", "momentum": 0.8,
     "weight_decay": 0.0, "clip": 1.0, "augmentation": [], "precision": "bf16-mixed", "storage": "float16",
@@ -194,7 +217,9 @@ def test_typing_errors_name_the_nearest(capsys, line, expected):
     ("--device gpu", "device gpu: expected one of auto, cpu"), ("--hp.decay high", "hp.decay high: expected a number"),
     ("--labeled 0", "labeled 0: expected 1 to 80"), ("--labeled 81", "labeled 81: expected 1 to 80"),
     ("--labeled 0%", "labeled 0%: expected 1 to 80"), ("--labeled many", "expected a whole number"),
-    ("--labeled x%", "expected a count or a share"), ("--fold 1", "fold 1, expected 0 to 0"),
+    ("--labeled x%", "expected a count or a share"), ("--fold 5", "split LA-cv5: fold 5, expected 0 to 4"),
+    ("--protocol paper --fold 1", "fold 1, expected 0 to 0"), ("--recipe ../x", "expected paper or clean"),
+    ("--augmentation [rotflip_or_rotate]", "turns whole slices"),
     ("--fold first", "fold 'first': expected a whole number"), ("--iterations 0", "iterations 0: expected at least 1"),
     ("--labeled_batch 0", "labeled_batch 0: expected at least 1"), ("--patch [16,16]", "expected 3 positive numbers"),
     ("--stride [0,8,8]", "expected 3 positive numbers"), ("--config absent.yaml", "absent.yaml"), ("word", "word"),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssl4mis.evaluator import evaluate, segment
+from ssl4mis.evaluator import evaluate, probabilities, segment, segment_slices
 from ssl4mis.method import Method, Task
 from ssl4mis.records import DISTANCES, FLAGS, OVERLAPS
 
 CLASSES = ("background", "chamber", "vessels", "wall")
+TARGETS = {"chamber": (1,), "vessels": (2,), "wall": (3,)}
 PATCH, STRIDE, SPACING = (16, 16, 8), (8, 8, 4), (1.0, 1.0, 2.5)
 CASES = ("large", "small")
 KEYS = {"case", "class", *OVERLAPS, *DISTANCES, *FLAGS, "diagonal_voxel", "diagonal_mm"}
@@ -20,12 +21,13 @@ KEYS = {"case", "class", *OVERLAPS, *DISTANCES, *FLAGS, "diagonal_voxel", "diago
 class Oracle(Method):
     """The images of the store below show the class of every voxel; `shown` maps it to what is predicted."""
 
-    def __init__(self, shown=lambda label: label):
-        super().__init__(None, Task(len(CLASSES)), None)
-        self.shown, self.modes = shown, []
+    def __init__(self, shown=lambda label: label, dims=3):
+        super().__init__(None, Task(len(CLASSES), dims), None)
+        self.shown, self.modes, self.shapes = shown, [], []
 
     def predict(self, image):
         self.modes.append(self.training)
+        self.shapes.append(tuple(image.shape))
         label = self.shown(image[:, 0].round().long())
         return F.one_hot(label, len(CLASSES)).movedim(-1, 1).float()
 
@@ -53,8 +55,8 @@ class Store:
         return SPACING
 
 
-def rows(method, **options):
-    found = evaluate(method, Store(), CASES, CLASSES, PATCH, STRIDE, "cpu", **options)
+def rows(method, targets=TARGETS, patch=PATCH, **options):
+    found = evaluate(method, Store(), CASES, targets, patch, STRIDE, "cpu", **options)
     return {(row["case"], row["class"]): row for row in found}
 
 
@@ -97,7 +99,7 @@ def test_distances_in_voxels_and_mm():
     """The image shows everything one voxel further along the last axis."""
     store = Store()
     store.image = lambda case: np.roll(Store.label(Store(), case), 1, axis=-1)[None].astype(np.float32)
-    (found,) = [row for row in evaluate(Oracle(), store, ["large"], CLASSES, PATCH, STRIDE, "cpu")
+    (found,) = [row for row in evaluate(Oracle(), store, ["large"], TARGETS, PATCH, STRIDE, "cpu")
                 if row["class"] == "wall"]
     assert found["hd95_max_voxel"] == 1
     assert found["hd95_max_mm"] == SPACING[2]
@@ -117,3 +119,61 @@ def test_segment_gives_a_class_map():
     found = segment(Oracle(), store.image("small"), PATCH, STRIDE, "cpu")
     assert found.dtype == torch.uint8
     assert np.array_equal(found.numpy(), store.label("small"))
+
+
+def test_regions_are_unions_of_classes():
+    """What is called what inside of a region does not matter, what lies outside does; rows carry the region's name."""
+    regions = {"inner": (1, 2), "heart": (1, 2, 3), "chamber": (1,)}
+    swapped = Oracle(lambda label: torch.tensor([0, 2, 1, 0])[label])
+    found = rows(swapped, regions)
+    assert list(found) == [(case, name) for case in CASES for name in regions]
+    assert found["large", "inner"]["dice"] == 1 and found["large", "chamber"]["dice"] == 0
+    voxels = {name: np.isin(Store().label("large"), values).sum() for name, values in regions.items()}
+    assert found["large", "heart"]["dice"] == pytest.approx(2 * voxels["inner"] / (voxels["inner"] + voxels["heart"]))
+    assert found["small", "heart"]["dice"] == 1
+
+
+def test_classes_and_regions_of_one_class_score_alike():
+    method = Oracle(lambda label: label.roll(1, -1))
+    assert rows(method) == rows(method, {name: list(values) for name, values in TARGETS.items()})
+
+
+@pytest.mark.parametrize("patch", [(21, 18), (42, 36)])
+def test_slices_are_predicted_in_two_dimensions_and_scored_as_volumes(patch):
+    method = Oracle(dims=2)
+    found = evaluate(method, Store(), ["large"], TARGETS, patch, None, "cpu", slices=True)
+    assert method.shapes == [(13, 1, *patch)]
+    assert [row["dice"] for row in found] == [1, 1, 1]
+    assert found[0]["diagonal_mm"] == pytest.approx(math.hypot(21, 18, 13 * 2.5))
+
+
+def test_slices_lose_what_the_patch_cannot_show():
+    found = rows(Oracle(dims=2), patch=(8, 8), slices=True)
+    assert all(0.5 < row["dice"] < 1 for (case, name), row in found.items() if (case, name) != ("small", "wall"))
+
+
+def test_segment_slices_gives_a_class_map():
+    method, image = Oracle(dims=2), Store().image("small")
+    found = segment_slices(method, image, (24, 40), "cpu")
+    assert found.dtype == torch.uint8 and found.shape == image.shape[1:]
+    assert np.array_equal(found.numpy(), Store().label("small"))
+
+
+def test_probabilities_are_those_that_segment_chooses_by():
+    image = Store().image("large")
+    found = probabilities(Oracle(), image, PATCH, STRIDE, "cpu")
+    assert found.dtype == torch.float32 and found.shape == (len(CLASSES), *image.shape[1:])
+    torch.testing.assert_close(found.sum(0), torch.ones(image.shape[1:]))
+    assert torch.equal(found.argmax(0), segment(Oracle(), image, PATCH, STRIDE, "cpu").long())
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_may_be_mapped_and_read_only(tmp_path):
+    Store().image("small").tofile(tmp_path / "image")
+    image = np.memmap(tmp_path / "image", np.float32, "r", shape=(1, 12, 20, 7))
+    torch.set_warn_always(True)
+    try:
+        assert np.array_equal(segment(Oracle(), image, PATCH, STRIDE, "cpu"), Store().label("small"))
+        assert np.array_equal(segment_slices(Oracle(dims=2), image, (12, 20), "cpu"), Store().label("small"))
+    finally:
+        torch.set_warn_always(False)

@@ -1,9 +1,11 @@
-"""The sliding window: known starts, functions that it must not change, and MONAI's implementation."""
+"""The sliding window: known starts, functions that it must not change, and MONAI's implementation. Planes: scipy's."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import zoom
 
-from ssl4mis.inference import sliding_window, window_starts
+from ssl4mis.inference import by_planes, sliding_window, window_starts
 
 
 def voxelwise(image):
@@ -113,3 +115,39 @@ def test_monai_agrees(space):
     expected = inferers.sliding_window_inference(image[None], (8, 8, 8), 4, by_position, overlap=0.5, mode="constant")
     found = sliding_window(by_position, image, (8, 8, 8), (4, 4, 4))
     torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def lines(image):
+    """Three classes that follow the values of both channels and the place in the plane."""
+    rows, columns = (torch.linspace(-1, 1, n) for n in image.shape[2:])
+    return torch.stack([image[:, 0], image[:, 1] + rows[:, None], columns - image[:, 0]], 1).softmax(1)
+
+
+@pytest.mark.parametrize(("space", "patch"), [
+    ((30, 21, 5), (16, 16)), ((9, 40, 3), (24, 32)), ((16, 16, 1), (16, 16)), ((256, 216, 2), (128, 256)),
+])
+def test_planes_are_resized_predicted_and_put_back(space, patch):
+    """As the authors' loop does it, plane after plane with scipy."""
+    image = np.random.default_rng(0).normal(size=(2, *space)).astype(np.float32)
+    expected = np.zeros(space, np.uint8)
+    there = [new / old for new, old in zip(patch, space, strict=False)]
+    for z in range(space[2]):
+        resized = np.stack([zoom(channel[..., z], there, order=0, mode="nearest") for channel in image])
+        classes = lines(torch.from_numpy(resized)[None]).argmax(1)[0].numpy()
+        expected[..., z] = zoom(classes, [1 / factor for factor in there], order=0, mode="nearest")
+    found = by_planes(lines, torch.from_numpy(image), patch)
+    assert found.dtype == torch.uint8 and found.is_contiguous()
+    assert np.array_equal(found, expected) and len(np.unique(expected)) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])
+def test_the_batch_size_does_not_matter_for_planes(batch):
+    image = torch.randn(2, 20, 19, 7, generator=torch.Generator().manual_seed(2))
+    calls = []
+
+    def predict(planes):
+        calls.append(len(planes))
+        return lines(planes)
+
+    assert torch.equal(by_planes(predict, image, (16, 24), batch), by_planes(lines, image, (16, 24)))
+    assert sum(calls) == 7 and max(calls) == min(batch, 7)

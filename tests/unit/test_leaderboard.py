@@ -245,7 +245,7 @@ def test_broken_reported_files_are_named(text, message, tmp_path):
 def test_markdown_shows_measured_rows_only():
     runs = [make(0.8), make(0.9, seed=1), make(0.7, "cps", split="LA-other"), make(0.7, "dtc", device__name="a|b")]
     text = leaderboard.markdown(leaderboard.rows(runs, [reported(method="paper")]))
-    assert "### LA, protocol lite, split LA-other\n\n| method | labeled |" in text
+    assert "### LA, protocol lite, split LA-other, data LA-published-1\n\n| method | labeled |" in text
     assert (
         "| ua_mt | 16 | vnet | 2+2 | 3000 | 32-true | 85.00 ± 7.07 | 42.50 | 2.00 | 2.00 | 0 | 2 | yes | 2.50 |" in text
     )

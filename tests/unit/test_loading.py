@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ssl4mis import augment
-from ssl4mis.loading import PARTNER_STRONG, PARTNER_VIEW, STRONG, VIEW, Loader, chain, noise_seed, stream
+from ssl4mis.errors import UserError
+from ssl4mis.loading import PARTNER_STRONG, PARTNER_VIEW, STRONG, VIEW, Loader, as_tensor, chain, noise_seed, stream
 from ssl4mis.method import Needs
 
 SIZES = {"a": (20, 24, 18), "b": (18, 17, 20), "c": (12, 30, 16), "d": (19, 19, 19), "e": (9, 9, 9), "f": (17, 17, 33)}
@@ -33,8 +34,14 @@ class Store:
         return (self.values(case) % 251).astype(np.uint8)
 
 
-def make(store=None, batch=(2, 2), seed=0, patch=PATCH, augmentation=("rotflip",), dtype=torch.float32, **needs):
-    return Loader(store or Store(), LABELED, UNLABELED, patch, batch, seed, augmentation, "cpu", dtype, Needs(**needs))
+def make(store=None, batch=(2, 2), seed=0, patch=PATCH, augmentation=("rotflip",), dtype=torch.float32, slices=False,
+         **needs):
+    return Loader(store or Store(), LABELED, UNLABELED, patch, batch, seed, augmentation, "cpu", dtype, Needs(**needs),
+                  slices)
+
+
+def make_slices(store=None, patch=(24, 16), augmentation=("rotflip_or_rotate",), **options):
+    return make(store, patch=patch, augmentation=augmentation, slices=True, **options)
 
 
 def same(one, two) -> bool:
@@ -248,3 +255,135 @@ def test_strong_views_are_of_the_rounded_image_where_storage_is_half():
     assert batch.unlabeled.strong[0].dtype == torch.float32
     drawn = augment.draw_strong(stream(0, 0, STRONG, 0, 0))
     assert torch.equal(batch.unlabeled.strong[0][0], augment.apply_strong(batch.unlabeled.image[0], drawn))
+
+
+def planes_of(cases):
+    return tuple(f"{case}/{number}" for case in cases for number in range(SIZES[case][-1]))
+
+
+def test_planes_are_cases_and_each_volume_is_read_once():
+    store = Store()
+    loader = make_slices(store)
+    assert loader.cases == (planes_of(LABELED), planes_of(UNLABELED))
+    for step in range(30):
+        loader.batch(0, step)
+    assert store.images == [*LABELED, *UNLABELED] and store.labels == [*LABELED]
+
+
+def test_every_plane_once_before_any_twice():
+    loader = make_slices(batch=(3, 3))
+    drawn = [name for step in range(18) for name in loader.batch(0, step).labeled.cases]
+    assert len(drawn) == 54 and sorted(drawn) == sorted(planes_of(LABELED))
+    assert len({name.split("/")[0] for name in drawn[:6]}) > 1, "volume after volume"
+
+
+def resized(store, name, view, patch, of="image"):
+    case, number = name.split("/")
+    plane = torch.from_numpy((store.values(case) % 251).astype(np.uint8) if of == "label" else store.image(case))
+    out = torch.empty(patch if of == "label" else (1, *patch), dtype=plane.dtype)
+    augment.apply_plane(plane[..., int(number)], view, out)
+    return out
+
+
+@pytest.mark.parametrize(("augmentation", "fewest"), [((), 1), (("rotflip",), 4), (("rotflip_or_rotate",), 20)])
+def test_samples_are_whole_planes_turned_and_resized(augmentation, fewest):
+    store, loader, views = Store(), make_slices(augmentation=augmentation), set()
+    for step in range(20):
+        batch = loader.batch(1, step)
+        assert batch.image.shape == (4, 1, 24, 16) and batch.image.dtype == torch.float32
+        assert batch.labeled.label.shape == (2, 24, 16) and batch.labeled.label.dtype == torch.uint8
+        for slot, name in enumerate(batch.labeled.cases + batch.unlabeled.cases):
+            view = augment.draw_plane(stream(0, 1, VIEW, step, slot), augmentation)
+            views.add(view)
+            assert torch.equal(batch.image[slot], resized(store, name, view, (24, 16)))
+            if slot < 2:
+                assert torch.equal(batch.labeled.label[slot], resized(store, name, view, (24, 16), "label"))
+        assert torch.equal(batch.labeled.image[:, 0].long() % 251, batch.labeled.label.long())
+    assert len(views) >= fewest
+    assert any(view.angle for view in views) == (augmentation == ("rotflip_or_rotate",))
+
+
+def test_strong_views_and_partners_of_planes():
+    store, angles = Store(), set()
+    for (stage, step), half, kind, view_kind, first in halves(make_slices(strong=2, partner=True, batch=(1, 2)),
+                                                              [(0, step) for step in range(8)]):
+        assert half.label is None and half.image.shape == (2, 1, 24, 16)
+        assert set(half.cases) <= set(planes_of(UNLABELED))
+        for slot, name in enumerate(half.cases):
+            view = augment.draw_plane(stream(0, stage, view_kind, step, first + slot), ("rotflip_or_rotate",))
+            angles.add(view.angle)
+            assert torch.equal(half.image[slot], resized(store, name, view, (24, 16)))
+            assert torch.equal(half.valid[slot], half.image[slot, 0] > 0)
+            rng = stream(0, stage, kind, step, slot)
+            for image in half.strong:
+                expected = augment.apply_strong(half.image[slot], augment.draw_strong(rng))
+                assert torch.equal(image[slot], expected)
+    assert len(angles) > 4
+
+
+def test_batches_of_planes_are_functions_of_stage_and_step():
+    first, fresh = make_slices(), make_slices()
+    found = {step: first.batch(0, step) for step in range(4)}
+    for step in (2, 0, 3, 1):
+        assert same(fresh.batch(0, step), found[step])
+    assert not same(fresh.batch(1, 0), found[0]) and not same(make_slices(seed=1).batch(0, 0), found[0])
+
+
+@pytest.mark.parametrize(("augmentation", "sha256"), [
+    (("rotflip_or_rotate",), "e2237b7cc0ff1d72"), (("rotflip",), "da7418a84e656a22"), ((), "9e3912482d9acac3"),
+])
+def test_batches_of_planes_stay_what_they_are(augmentation, sha256):
+    loader, content = make_slices(augmentation=augmentation, seed=5), b""
+    for step in range(4):
+        batch = loader.batch(0, step)
+        content += batch.image.numpy().tobytes() + batch.labeled.label.numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == sha256
+
+
+def test_crops_are_not_rotated_by_small_angles():
+    with pytest.raises(UserError, match="^augmentation rotflip_or_rotate: .* expected rotflip or none for crops$"):
+        make(augmentation=("rotflip_or_rotate",))
+
+
+class Mapped(Store):
+    """The images lie in files, those of labeled cases read-only."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.maps = {}
+        for case, size in SIZES.items():
+            Store.image(self, case).tofile(folder / case)
+            mode = "r" if case in LABELED else "c"
+            self.maps[case] = np.memmap(folder / case, np.float32, mode, shape=(1, *size))
+
+    def image(self, case):
+        return self.maps[case]
+
+
+@pytest.fixture
+def always_warn():
+    """torch says only once in a process that an array is not writable."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("slices", [False, True])
+def test_mapped_volumes_stay_in_their_files(tmp_path, always_warn, slices):
+    """No copy of a volume is made, and batches are those of volumes in memory."""
+    store, build = Mapped(tmp_path), make_slices if slices else make
+    loader, expected = build(store), build()
+    for name, image in zip(loader.cases[0] + loader.cases[1], loader.images, strict=True):
+        case, _, number = name.partition("/")
+        start = store.maps[case][..., int(number)] if slices else store.maps[case]
+        assert image.data_ptr() == start.__array_interface__["data"][0] and tuple(image.shape) == start.shape
+    for step in range(4):
+        assert same(loader.batch(0, step), expected.batch(0, step))
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_labels(always_warn):
+    label = np.arange(6, dtype=np.uint8)
+    label.flags.writeable = False
+    assert as_tensor(label).tolist() == [0, 1, 2, 3, 4, 5]
