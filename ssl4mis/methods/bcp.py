@@ -70,9 +70,9 @@ class BCP(Method):
     presets = {
         "LA": Preset(run={"labeled_batch": 4, "unlabeled_batch": 4}, iterations=17000),
         "ACDC": Preset({"pretrain": 1 / 4, "pretrain_loss": "regions", "average": "state", "dice": "squared"},
-                       {"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "constant"}, 40000, dims=2),
-        "Pancreas": Preset({"pretrain": 18 / 68, "component": "edges"}, {
-            "labeled_batch": 4, "unlabeled_batch": 4, "schedule": "constant", "augmentation": []}, 6800),
+                       {"schedule": "constant"}, 40000, dims=2),
+        "Pancreas": Preset({"pretrain": 18 / 68, "component": "edges"},
+                           {"labeled_batch": 4, "unlabeled_batch": 4, "schedule": "constant"}, 6800),
         "BraTS": Preset({"component": "none"}),  # a tumor may have several foci
     }
 

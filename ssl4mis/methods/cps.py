@@ -19,7 +19,7 @@ from typing import Literal
 from networks.blocks import kaiming, xavier
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.method import Method, Preset, at_least_one, within
+from ssl4mis.method import Method, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ class Config:
 
 class CPS(Method):
     Config = Config
-    presets = {
-        "ACDC": Preset(run={"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly"}, iterations=30000, dims=2),
-        "BraTS": Preset(run={"schedule": "poly", "learning_rate": 0.01}, iterations=30000),
-    }
 
     def __init__(self, build, task, hp):
         super().__init__(build, task, hp)

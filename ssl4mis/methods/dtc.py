@@ -21,7 +21,7 @@ import torch
 from ssl4mis.batch import Losses
 from ssl4mis.distance import signed_distance
 from ssl4mis.losses import dice
-from ssl4mis.method import Method, Preset, at_least_one, within
+from ssl4mis.method import Method, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Config:
 
 class DTC(Method):
     Config = Config
-    presets = {"Pancreas": Preset(run={"augmentation": []}, iterations=6000)}
 
     def __init__(self, build, task, hp):
         super().__init__(build, task, hp)

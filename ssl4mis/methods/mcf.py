@@ -60,7 +60,7 @@ class Config:
 
 class MCF(Method):
     Config = Config
-    presets = {name: Preset(run={"augmentation": []}, iterations=6000) for name in ("LA", "Pancreas")}
+    presets = {"LA": Preset(run={"augmentation": []})}
 
     def __init__(self, build, task, hp):
         super().__init__(build, task, hp)

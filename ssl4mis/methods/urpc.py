@@ -58,10 +58,7 @@ class Config:
 
 class URPC(Method):
     Config = Config
-    presets = {
-        "ACDC": Preset(run={"labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly"}, iterations=30000, dims=2),
-        "BraTS": Preset(run={"schedule": "poly", "learning_rate": 0.1}, iterations=30000),
-    }
+    presets = {"BraTS": Preset(run={"learning_rate": 0.1})}
 
     def __init__(self, build, task, hp):
         super().__init__(build, task, hp)

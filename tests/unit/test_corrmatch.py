@@ -2,14 +2,13 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import networks
 from networks.base import NetSpec
-from ssl4mis import augment, correlation
+from ssl4mis import augment, config, correlation
 from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.errors import UserError
 from ssl4mis.losses import dice, segmentation
@@ -325,10 +324,10 @@ def test_large_correlations_are_refused_before_training():
         method(corr_memory=1, corr_stride=4, samples=(2, 8))
 
 
-def test_presets():
-    assert {name: preset.iterations for name, preset in CorrMatch.presets.items()} == {
-        "LA": 15000, "Pancreas": 15000, "BraTS": 30000, "ACDC": 30000}
-    for preset in CorrMatch.presets.values():
-        assert preset.run["schedule"] == "poly"
-        assert round(Config(**preset.hp).warm_up * preset.iterations) == 1000
-    assert np.sum([CorrMatch.presets["ACDC"].run[f"{half}_batch"] for half in ("labeled", "unlabeled")]) == 24
+@pytest.mark.parametrize(("words", "iterations", "batch"), [
+    ("LA", 15000, 4), ("Pancreas", 15000, 4), ("BraTS", 30000, 4), ("ACDC --protocol slices", 30000, 24),
+])
+def test_presets(words, iterations, batch):
+    (spec,), _ = config.parse(f"--method corrmatch --dataset {words}".split())
+    assert (spec.iterations, spec.schedule, spec.labeled_batch + spec.unlabeled_batch) == (iterations, "poly", batch)
+    assert round(spec.hp["warm_up"] * iterations) == 1000

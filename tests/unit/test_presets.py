@@ -10,7 +10,6 @@ from ssl4mis import config, registry
 from ssl4mis.config import NOT_HYPER, RunSpec
 from ssl4mis.method import Preset
 
-DIMENSIONS = {"LA": 3, "Pancreas": 3, "ACDC": 2, "BraTS": 3, "phantom": 3}
 SETTINGS = {f.name for f in dataclasses.fields(RunSpec)} - {*NOT_HYPER, "method", "hp", "iterations"}
 PRESETS = [(method, dataset) for method in registry.names() for dataset in registry.method_class(method).presets]
 
@@ -38,10 +37,9 @@ def bcp(monkeypatch):
 
 @pytest.mark.parametrize(("method", "dataset"), PRESETS)
 def test_names_exist_and_values_can_work(method, dataset):
-    assert dataset in DIMENSIONS
     hp, run, iterations, dims = preset(method, dataset)
-    cls = registry.method_class(method)
-    assert (dims == 2) == (run.get("labeled_batch") == 12), "a batch of slices would be too many volumes"
+    cls, described = registry.method_class(method), data_prep.dataset(dataset)
+    assert dims in (None, *map(described.dims, described.protocols.values()))
     assert hp.keys() <= {f.name for f in dataclasses.fields(cls.Config)}
     assert run.keys() <= SETTINGS, "the published length belongs in `iterations`, and the rest is not a setting"
     assert iterations is None or isinstance(iterations, int) and iterations > 0
@@ -49,15 +47,18 @@ def test_names_exist_and_values_can_work(method, dataset):
         for name, value in values.items():
             if typing.get_origin(kinds[name]) is typing.Literal:
                 assert value in typing.get_args(kinds[name]), name
-    dims = dims or DIMENSIONS[dataset]
+    dims = dims or described.spatial_dims
     plain = {"patch": [32] * dims, "stride": [16] * dims, "unlabeled_batch": 2 * cls.needs.unlabeled}
     config.check_values(RunSpec(method=method, hp=hp, **plain | run), dims)
 
 
-@pytest.mark.parametrize(("method", "dataset"), [p for p in PRESETS if p[1] in data_prep.names()])
+@pytest.mark.parametrize(("method", "dataset"), PRESETS)
 def test_the_preset_is_what_a_command_resolves_to(method, dataset):
-    hp, run, iterations, dims = preset(method, dataset)
-    for protocol in data_prep.dataset(dataset).protocols.values():
+    described = data_prep.dataset(dataset)
+    for protocol in described.protocols.values():
+        hp, run, iterations, dims = preset(method, dataset)
+        if dims not in (None, described.dims(protocol)):
+            hp, run, iterations = {}, {}, None
         spec = one(f"--method {method} --dataset {dataset} --protocol {protocol.name}")
         assert spec.hp == dataclasses.asdict(registry.method_class(method).Config(**hp))
         assert {name: getattr(spec, name) for name in run} == run
@@ -65,11 +66,34 @@ def test_the_preset_is_what_a_command_resolves_to(method, dataset):
         assert spec.iterations == (published or protocol.iterations)
 
 
+@pytest.mark.parametrize(("method", "dataset"), PRESETS)
+def test_a_preset_does_not_repeat_the_protocol(method, dataset):
+    """What all methods of a data set share stands in its protocol, once."""
+    described = data_prep.dataset(dataset)
+    hp, run, iterations, dims = preset(method, dataset)
+    protocols = [p for p in described.protocols.values() if p.published and dims in (None, described.dims(p))]
+    assert protocols
+    for protocol in protocols:
+        assert iterations != protocol.iterations
+        for name, value in run.items():
+            shared = getattr(protocol, name, None)
+            assert value != (list(shared) if isinstance(shared, tuple) else shared), name
+
+
 @pytest.mark.parametrize(("line", "expected"), [
     ("--method bcp --dataset LA", {"iterations": 17000, "labeled_batch": 4, "unlabeled_batch": 4}),
     ("--method bcp --dataset LA --protocol cv5", {"iterations": 17000, "labeled_batch": 4}),
     ("--method bcp --dataset LA --protocol lite", {"iterations": 3000, "labeled_batch": 4, "unlabeled_batch": 4}),
     ("--method mcf --dataset la", {"iterations": 6000, "augmentation": []}),
+    ("--method mean_teacher --dataset ACDC --protocol slices", {
+        "iterations": 30000, "labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly", "patch": [256, 256]}),
+    ("--method bcp --dataset ACDC --protocol slices", {
+        "iterations": 40000, "labeled_batch": 12, "unlabeled_batch": 12, "schedule": "constant"}),
+    ("--method cps --dataset ACDC", {"iterations": 30000, "labeled_batch": 2, "schedule": "poly"}),
+    ("--method cps --dataset BraTS", {"iterations": 30000, "learning_rate": 0.01, "schedule": "poly"}),
+    ("--method urpc --dataset BraTS", {"iterations": 30000, "learning_rate": 0.1, "schedule": "poly"}),
+    ("--method dtc --dataset Pancreas", {"iterations": 6000, "augmentation": []}),
+    ("--method corrmatch --dataset Pancreas", {"iterations": 15000, "augmentation": [], "schedule": "poly"}),
     ("--method mcf --dataset LA --protocol lite", {"iterations": 3000, "augmentation": []}),
     ("--method mcf --dataset phantom", {"iterations": 1000, "augmentation": ["rotflip"]}),
     ("--method ua_mt --dataset LA", {"iterations": 6000, "labeled_batch": 2, "augmentation": ["rotflip"]}),
