@@ -203,6 +203,7 @@ SPEC = DatasetSpec(
     name="ACDC",
     title="Heart in cine MRI, Automated Cardiac Diagnosis Challenge",
     modality="cine MRI",
+    modalities=("cine MRI",),
     classes=CLASSES,
     spacing=SPACING,
     citation="Bernard et al., Deep learning techniques for automatic MRI cardiac multi-structures segmentation and "

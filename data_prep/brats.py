@@ -30,7 +30,7 @@ RECIPES = {
         version=1,
         about="SSL4MIS's, for every modality: the box of FLAIR's voxels other than 0 without its last planes, the "
         "upper 0.1 percent of the box clipped, z-scored by the voxels above 0; the axes as in the file",
-        orientation=None,
+        orientation="LPS",  # that of the archive
         crop=Crop("nonzero", channel=0, exclusive=True),
         after=(Step("clip_share", {"share": 0.999}), Step("zscore", {"over": "positive"})),
     ),

@@ -126,8 +126,8 @@ def to_store(scan: Scan, geometry: Geometry, order: int) -> np.ndarray:
     not smoothed away before. Raises DataError for a scan on another grid.
     """
     check_grid(geometry.shape, np.array(geometry.affine), scan, "scan", "those of the geometry")
-    array = _in_store_order(scan.voxels, geometry)[_crop(geometry)]
-    return np.ascontiguousarray(_resample(array, geometry.stored, order))
+    array = _in_store_order(scan.voxels, geometry)
+    return np.ascontiguousarray(_resample(array, geometry.crop, geometry.stored, order))
 
 
 def to_scanner(
@@ -141,7 +141,7 @@ def to_scanner(
     array = np.asarray(array)
     if array.ndim not in (3, 4) or array.shape[-3:] != geometry.stored:
         raise ValueError(f"an array of shape {array.shape}, expected the stored shape {geometry.stored}")
-    inside = _resample(array, geometry.cropped, order)
+    inside = _resample(array, _whole(geometry), geometry.cropped, order)
     lead = array.shape[:-3]
     result = np.empty(lead + geometry.shape, inside.dtype)
     result[...] = np.reshape(outside, lead + (1, 1, 1)) if np.ndim(outside) else outside
@@ -159,15 +159,14 @@ def labels_to_scanner(probabilities: np.ndarray, geometry: Geometry) -> np.ndarr
     if probabilities.ndim != 4 or probabilities.shape[1:] != geometry.stored or not 1 <= len(probabilities) <= 256:
         raise ValueError(f"probabilities of shape {probabilities.shape}, expected 1 to 256 x {geometry.stored}")
     # one class at a time: all of them on the grid of a CT would not fit into a small machine
-    best = _resample(probabilities[0], geometry.cropped, 1)
-    labels = np.zeros(geometry.cropped, np.uint8)
-    for value in range(1, len(probabilities)):
-        score = _resample(probabilities[value], geometry.cropped, 1)
-        better = score > best
-        labels[better] = value
-        best = np.where(better, score, best)
     result = np.zeros(geometry.shape, np.uint8)
-    _in_store_order(result, geometry)[_crop(geometry)] = labels
+    labels = _in_store_order(result, geometry)[_crop(geometry)]
+    best = np.array(_resample(probabilities[0], _whole(geometry), geometry.cropped, 1))
+    for value in range(1, len(probabilities)):
+        score = _resample(probabilities[value], _whole(geometry), geometry.cropped, 1)
+        better = score > best
+        np.copyto(labels, value, where=better)
+        np.copyto(best, score, where=better)
     return result
 
 
@@ -196,22 +195,65 @@ def _crop(geometry: Geometry) -> tuple:
     return (..., *(slice(start, stop) for start, stop in geometry.crop))
 
 
-def _resample(array: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
-    """(..., *space) to (..., *shape) over the same box, faces on faces."""
-    if array.shape[-3:] == tuple(shape):
-        return array
-    if order == 0:
-        for axis, (old, new) in enumerate(zip(array.shape[-3:], shape, strict=True), start=array.ndim - 3):
+def _whole(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+    return tuple((0, n) for n in geometry.stored)
+
+
+def _resample(
+    array: np.ndarray, box: Sequence[tuple[int, int]], shape: tuple[int, ...], order: int
+) -> np.ndarray:
+    """The part `box` of (..., *space), (start, stop) per axis, to (..., *shape), faces on faces.
+
+    Splines go through the whole array: what is just beyond the box counts, and beyond the array its edge goes on.
+    """
+    sizes = [stop - start for start, stop in box]
+    parts = [slice(*ends) for ends in box]
+    if order == 0 or sizes == list(shape):
+        return _nearest(array[(..., *parts)], shape)
+    kind = array.dtype if array.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+    weights = {}
+    for axis, (size, new) in enumerate(zip(sizes, shape, strict=True), start=-3):
+        if size != new:
+            weights[axis], parts[axis] = _weights(array.shape[axis], box[axis], new, order, kind)
+    array = array[(..., *parts)]
+    for axis in sorted(weights, key=lambda axis: shape[axis] / array.shape[axis]):  # what shrinks comes first
+        array = _along(array, axis, weights[axis], kind)
+    return array
+
+
+def _nearest(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    for axis, new in enumerate(shape, start=-3):
+        if (old := array.shape[axis]) != new:
             # floor((i + 0.5) * old / new) in integers: no rounding, any type
             array = np.take(array, (2 * np.arange(new) + 1) * old // (2 * new), axis=axis)
-        return array
-    from scipy import ndimage
+    return array
 
-    kind = array.dtype if array.dtype in (np.float32, np.float64) else np.float32
-    result = np.empty(array.shape[:-3] + tuple(shape), kind)
-    scale = np.array(array.shape[-3:]) / np.array(shape)
-    for index in np.ndindex(array.shape[:-3]):
-        source = array[index].astype(kind, copy=False)
-        # beyond the centers of the outermost voxels the edge goes on
-        ndimage.affine_transform(source, scale, 0.5 * scale - 0.5, shape, result[index], order, mode="nearest")
+
+def _weights(size: int, ends: tuple[int, int], new: int, order: int, kind: np.dtype) -> tuple[Any, slice]:
+    """What each voxel along an axis of `size` voxels weighs in the `new` ones between two faces.
+
+    A sparse matrix (new, voxels) and the slice of the voxels that count. scipy itself is asked, voxel by voxel, for the
+    response to 1 there and 0 elsewhere; it decays so fast that what is left out is far below the rounding of `kind`.
+    """
+    from scipy import ndimage, sparse
+
+    step = (ends[1] - ends[0]) / new
+    first = ends[0] + 0.5 * step - 0.5
+    table = np.empty((new, size))
+    for unit, response in zip(np.eye(size), table.T, strict=True):
+        response[:] = ndimage.affine_transform(unit, [step], first, (new,), order=order, mode="nearest")
+    table[np.abs(table) < np.finfo(kind).eps / 64] = 0
+    used = np.flatnonzero(table.any(axis=0))
+    span = slice(int(used[0]), int(used[-1]) + 1)
+    return sparse.csr_array(table[:, span]), span
+
+
+def _along(array: np.ndarray, axis: int, weights: Any, kind: np.dtype) -> np.ndarray:
+    """(..., voxels, ...) to (..., new, ...), summed in float64 and rounded once."""
+    source = np.moveaxis(array, axis, 0)
+    result = np.empty((*array.shape[:axis], weights.shape[0], *array.shape[axis:][1:]), kind)
+    target = np.moveaxis(result, axis, 0)
+    # a plane at a time: in float64 and still in the cache of the processor
+    for index in np.ndindex(source.shape[1:-1]):
+        target[:, *index] = weights @ source[:, *index].astype(np.float64)
     return result

@@ -33,7 +33,7 @@ RECIPES = {
         version=1,
         about="UA-MT's: z-scored over the whole scan, then cropped in x and y to the label's box with a margin of 15 "
         "voxels (published: 10 to 19, drawn at random), widened to 112 voxels before; the axes as in the file",
-        orientation=None,
+        orientation="LPS",  # that of the archive, and so of the published files
         before=(Step("zscore", {"over": "all"}),),
         crop=Crop("label", margin=(15, 15, None), voxels=True, smallest=(112, 112, 0), exclusive=True),
     ),
@@ -71,6 +71,8 @@ def h5_cases(root: Path) -> list[H5Case]:
 
 class LAStore:
     """The published h5 files under a folder, downsampled as the protocol says (once, then from the cache)."""
+
+    spacing_known = True
 
     def __init__(self, root: Path, downsample: int = 1) -> None:
         self.root = root
@@ -194,6 +196,7 @@ SPEC = DatasetSpec(
     name="LA",
     title="Left atrium, 2018 Atrial Segmentation Challenge",
     modality="LGE-MRI",
+    modalities=("LGE-MRI",),
     classes=CLASSES,
     spacing=SPACING,
     citation="Xiong et al., A global benchmark of algorithms for segmenting the left atrium from late "

@@ -246,6 +246,7 @@ SPEC = DatasetSpec(
     name="Pancreas",
     title="Pancreas-CT, NIH Clinical Center",
     modality="CT",
+    modalities=("CT",),
     classes=CLASSES,
     spacing=SPACING,
     citation="Roth et al., Data from Pancreas-CT, The Cancer Imaging Archive, 2016, doi 10.7937/K9/TCIA.2016.tNB1kqBU; "

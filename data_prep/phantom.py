@@ -218,6 +218,8 @@ class PhantomStore:
     `classes` and `spatial_dims` are those of `generate`.
     """
 
+    spacing_known = True
+
     def __init__(self, downsample: int = 1, classes: int = 3, spatial_dims: int = 3) -> None:
         self.downsample, self.classes, self.spatial_dims = downsample, classes, spatial_dims
         self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}

@@ -73,7 +73,7 @@ def read_scan(path: Path | str, *, channels: bool = False, finite: bool = True, 
     else:
         suffix = _suffix(path, (*NIFTI, *ITK))
         if suffix is None:
-            if _is_dicom(path):
+            if is_dicom(path):
                 raise DataError(f"{path}: a single DICOM file, expected the folder with the series")
             raise DataError(f"{path}: not a medical scan ({path.suffix or 'no suffix'}), expected {EXPECTED}")
         scan = _read_nifti(path) if suffix in NIFTI else _read_itk(path, ITK[suffix])
@@ -269,7 +269,7 @@ def _quiet():
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     with suppress(OSError), path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
     return False
@@ -306,7 +306,7 @@ def _read_dicom(folder: Path) -> Scan:
         # GDCM passes over slices that it cannot read, which at the ends of a series would go unnoticed
         for path in sorted(folder.iterdir()):
             if path.name not in listed | {"DICOMDIR"} and path.is_file() and (
-                    path.suffix.lower() == ".dcm" or _is_dicom(path)):
+                    path.suffix.lower() == ".dcm" or is_dicom(path)):
                 raise DataError(f"{folder}: {path.name} is truncated or no DICOM slice, expected a readable one")
         slices = [_slice_header(folder, name) for name in names[0]]
         affine, slices = _stack(folder, slices)

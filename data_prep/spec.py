@@ -57,7 +57,10 @@ class Store(typing.Protocol):
     """Read access to the cases of one data set.
 
     Image and label are separate calls on purpose: the labels of unlabeled and test cases are never read by training.
+    `spacing_known` says whether mm are those of the scanner.
     """
+
+    spacing_known: bool
 
     def image(self, case: str) -> "np.ndarray":
         """The scan of a case: float32, (channels, *space). Raises DataError."""

@@ -145,6 +145,7 @@ class CaseStore:
         self.folder, self.spec, self.protocol = Path(folder), spec, protocol
         self.card = read_card(self.folder)
         self.recipe = Recipe.from_dict(self.card["recipe"])
+        self.spacing_known = self.card["spacing_known"]
 
     def image(self, case: str) -> np.ndarray:
         """The scan: float32, (channels, x, y, z), writable without a change of the file.

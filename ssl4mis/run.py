@@ -92,7 +92,9 @@ def describe_data(dataset, protocol, store) -> dict:
         "replay": store.replay(), "modalities": list(dataset.channels(protocol)),
         "classes": list(dataset.task(protocol)),
         "targets": {name: list(values) for name, values in dataset.targets(protocol).items()},
-        "slices": protocol.slices, "downsample": protocol.downsample,
+        "slices": protocol.slices, "downsample": protocol.downsample, "spacing_known": store.spacing_known,
+        "spacing": [mm * protocol.downsample for mm in dataset.spacing[: dataset.dims(protocol)]],
+        "title": dataset.title, "citation": dataset.citation,
     }
 
 
