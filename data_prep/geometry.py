@@ -72,9 +72,8 @@ class Geometry:
         """(4, 4) from voxel index of the stored array to RAS+ mm."""
         to_scanner = np.zeros((4, 4))
         to_scanner[3, 3] = 1
-        for n, (axis, flip, (start, _)) in enumerate(zip(self.axes, self.flips, self.crop, strict=True)):
-            step = self.cropped[n] / self.stored[n]
-            first = start + 0.5 * step - 0.5  # faces of the box coincide, so centers of the first voxels do not
+        for n, (axis, flip, box) in enumerate(zip(self.axes, self.flips, self.crop, strict=True)):
+            first, step = _centers(box, self.stored[n])
             to_scanner[axis, n] = -step if flip else step
             to_scanner[axis, 3] = self.shape[axis] - 1 - first if flip else first
         return np.array(self.affine) @ to_scanner
@@ -122,8 +121,9 @@ def to_store(scan: Scan, geometry: Geometry, order: int) -> np.ndarray:
     """The voxels of a scan as stored, (*stored) or (channels, *stored); the scan must lie on the geometry's grid.
 
     `order` is 0 for labels (nearest, type kept), 1 (linear) to 5 for images: splines as in scipy, in float32 (float64
-    stays) where something is resampled, and the type as it was where nothing is. Detail finer than the new spacing is
-    not smoothed away before. Raises DataError for a scan on another grid.
+    stays) where something is resampled, and the type as it was where nothing is. They run through the whole scan, so
+    that a crop makes no edge; beyond the scan its edge goes on. Detail finer than the new spacing is not smoothed away
+    before. Raises DataError for a scan on another grid.
     """
     check_grid(geometry.shape, np.array(geometry.affine), scan, "scan", "those of the geometry")
     array = _in_store_order(scan.voxels, geometry)
@@ -158,15 +158,16 @@ def labels_to_scanner(probabilities: np.ndarray, geometry: Geometry) -> np.ndarr
     """
     if probabilities.ndim != 4 or probabilities.shape[1:] != geometry.stored or not 1 <= len(probabilities) <= 256:
         raise ValueError(f"probabilities of shape {probabilities.shape}, expected 1 to 256 x {geometry.stored}")
-    # one class at a time: all of them on the grid of a CT would not fit into a small machine
     result = np.zeros(geometry.shape, np.uint8)
     labels = _in_store_order(result, geometry)[_crop(geometry)]
+    # one class at a time: all of them on the grid of a CT would not fit into a small machine
     best = np.array(_resample(probabilities[0], _whole(geometry), geometry.cropped, 1))
     for value in range(1, len(probabilities)):
         score = _resample(probabilities[value], _whole(geometry), geometry.cropped, 1)
         better = score > best
         np.copyto(labels, value, where=better)
         np.copyto(best, score, where=better)
+        del score, better  # before the next ones are made
     return result
 
 
@@ -199,16 +200,22 @@ def _whole(geometry: Geometry) -> tuple[tuple[int, int], ...]:
     return tuple((0, n) for n in geometry.stored)
 
 
+def _centers(box: tuple[int, int], new: int) -> tuple[float, float]:
+    """Center of the first and distance of the `new` voxels between two faces, in the voxels that the faces count."""
+    step = (box[1] - box[0]) / new
+    return box[0] + 0.5 * step - 0.5, step  # the faces coincide, so the centers do not
+
+
 def _resample(
     array: np.ndarray, box: Sequence[tuple[int, int]], shape: tuple[int, ...], order: int
 ) -> np.ndarray:
     """The part `box` of (..., *space), (start, stop) per axis, to (..., *shape), faces on faces.
 
-    Splines go through the whole array: what is just beyond the box counts, and beyond the array its edge goes on.
+    The whole array counts, also for what is close to the faces of the box.
     """
-    sizes = [stop - start for start, stop in box]
-    parts = [slice(*ends) for ends in box]
-    if order == 0 or sizes == list(shape):
+    sizes = tuple(stop - start for start, stop in box)
+    parts = [slice(*faces) for faces in box]
+    if order == 0 or sizes == shape:
         return _nearest(array[(..., *parts)], shape)
     kind = array.dtype if array.dtype in (np.float32, np.float64) else np.dtype(np.float32)
     weights = {}
@@ -216,7 +223,7 @@ def _resample(
         if size != new:
             weights[axis], parts[axis] = _weights(array.shape[axis], box[axis], new, order, kind)
     array = array[(..., *parts)]
-    for axis in sorted(weights, key=lambda axis: shape[axis] / array.shape[axis]):  # what shrinks comes first
+    for axis in sorted(weights, key=lambda axis: shape[axis] / array.shape[axis]):  # what shrinks most comes first
         array = _along(array, axis, weights[axis], kind)
     return array
 
@@ -229,19 +236,18 @@ def _nearest(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _weights(size: int, ends: tuple[int, int], new: int, order: int, kind: np.dtype) -> tuple[Any, slice]:
-    """What each voxel along an axis of `size` voxels weighs in the `new` ones between two faces.
+def _weights(size: int, box: tuple[int, int], new: int, order: int, kind: np.dtype) -> tuple[Any, slice]:
+    """What the voxels along an axis of `size` weigh in the `new` ones between two faces; resampling is linear.
 
-    A sparse matrix (new, voxels) and the slice of the voxels that count. scipy itself is asked, voxel by voxel, for the
-    response to 1 there and 0 elsewhere; it decays so fast that what is left out is far below the rounding of `kind`.
+    A sparse matrix (new, voxels that count), and the slice of these. Its columns are scipy's answers to a single 1
+    among zeros; they decay so fast that what is left out stays far below the rounding of `kind`.
     """
     from scipy import ndimage, sparse
 
-    step = (ends[1] - ends[0]) / new
-    first = ends[0] + 0.5 * step - 0.5
+    first, step = _centers(box, new)
     table = np.empty((new, size))
-    for unit, response in zip(np.eye(size), table.T, strict=True):
-        response[:] = ndimage.affine_transform(unit, [step], first, (new,), order=order, mode="nearest")
+    for unit, column in zip(np.eye(size), table.T, strict=True):
+        column[:] = ndimage.affine_transform(unit, [step], first, (new,), order=order, mode="nearest")
     table[np.abs(table) < np.finfo(kind).eps / 64] = 0
     used = np.flatnonzero(table.any(axis=0))
     span = slice(int(used[0]), int(used[-1]) + 1)
@@ -250,10 +256,11 @@ def _weights(size: int, ends: tuple[int, int], new: int, order: int, kind: np.dt
 
 def _along(array: np.ndarray, axis: int, weights: Any, kind: np.dtype) -> np.ndarray:
     """(..., voxels, ...) to (..., new, ...), summed in float64 and rounded once."""
-    source = np.moveaxis(array, axis, 0)
-    result = np.empty((*array.shape[:axis], weights.shape[0], *array.shape[axis:][1:]), kind)
-    target = np.moveaxis(result, axis, 0)
-    # a plane at a time: in float64 and still in the cache of the processor
+    shape = list(array.shape)
+    shape[axis] = weights.shape[0]
+    result = np.empty(shape, kind)
+    source, target = np.moveaxis(array, axis, 0), np.moveaxis(result, axis, 0)
+    # a plane at a time: no volume in float64, and what is summed stays in the cache
     for index in np.ndindex(source.shape[1:-1]):
         target[:, *index] = weights @ source[:, *index].astype(np.float64)
     return result
