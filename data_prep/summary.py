@@ -1,4 +1,4 @@
-"""What a prepared data set looks like: ranges and oddities as JSON and Markdown, and a contact sheet of all cases."""
+"""What a prepared data set looks like: ranges and oddities as JSON and Markdown, and a contact sheet."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -271,11 +271,12 @@ def resolve(spec: RunSpec, dataset) -> list[RunSpec]:
     split = data_prep.load_split(protocol.split, 0, dataset.splits)
     folds = range(split.folds) if spec.fold == "all" else [whole_number("fold", spec.fold)]
     known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name,
-                                recipe="" if spec.recipe == protocol.recipe else spec.recipe)
+                                recipe="" if spec.recipe == protocol.recipe else spec.recipe,
+                                stride=spec.patch if protocol.slices else spec.stride)  # whole slices have no stride
     runs = []
     for fold in folds:
         split = data_prep.load_split(protocol.split, fold, dataset.splits)
-        count = case_count(spec.labeled, split.patients)
+        count = case_count(spec.labeled, split.patients, "patients" if split.per_patient > 1 else "cases")
         unlabeled = spec.unlabeled_batch if split.unlabeled(count) else 0
         runs.append(dataclasses.replace(known, fold=fold, labeled=count, unlabeled_batch=unlabeled))
     return runs
@@ -298,7 +299,7 @@ def check_values(spec: RunSpec, dims: int, slices: bool = False) -> None:
     for name in ("patch", "stride"):
         if len(getattr(spec, name)) != dims or min(getattr(spec, name)) < 1:
             raise UserError(f"{name} {getattr(spec, name)}: expected {dims} positive numbers")
-    if any(step > side for step, side in zip(spec.stride, spec.patch, strict=True)):
+    if not slices and any(step > side for step, side in zip(spec.stride, spec.patch, strict=True)):
         raise UserError(f"stride {spec.stride}: expected at most the patch {spec.patch}, or voxels are left out")
     for name in ("iterations", "labeled_batch", "width"):
         at_least(1, name, getattr(spec, name))
@@ -333,8 +334,8 @@ def whole_number(name: str, value) -> int:
         raise UserError(f"{name} {value!r}: expected a whole number") from None
 
 
-def case_count(labeled: int | str, training: int) -> int:
-    """16, "16" or "20%" of the training cases as a count; UserError outside 1..training."""
+def case_count(labeled: int | str, training: int, unit: str) -> int:
+    """16, "16" or "20%" of the training cases, or of patients, as a count; UserError outside 1..training."""
     text = str(labeled)
     if text.endswith("%"):
         try:
@@ -344,5 +345,5 @@ def case_count(labeled: int | str, training: int) -> int:
     else:
         count = whole_number("labeled", text)
     if not 1 <= count <= training:
-        raise UserError(f"labeled {text}: expected 1 to {training} of the training cases")
+        raise UserError(f"labeled {text}: expected 1 to {training} of the training {unit}")
     return count

@@ -39,11 +39,11 @@ def _report(dataset, protocol, records, rule, policy):
         leaderboard.markdown(leaderboard.rows(records, rule=rule, policy=policy), policy),
         "## Per class\n",
         markdown_table(
-            ["method", "labeled", "class", *map(_header, SCORES), "missed", "false alarms"], _class_lines(found)
+            ["method", "data", "labeled", "class", *map(_header, SCORES), "missed", "false alarms"], _class_lines(found)
         ),
         "## Runs\n",
         markdown_table(
-            ["run", "split", "fold", "seed", *map(_header, SCORES), "missed", "false alarms", "hours", "code"],
+            ["run", "split", "data", "fold", "seed", *map(_header, SCORES), "missed", "false alarms", "hours", "code"],
             _run_lines(found),
         ),
         "## Worst cases\n",
@@ -61,7 +61,7 @@ def _class_lines(found):
             scores = [score["classes"][name] for score in group.scores]
             counts = (str(sum(score[key] for score in scores)) for key in ("missed", "false_alarm"))
             means = (score_text(column, fmean(score[_key(column)] for score in scores)) for column in SCORES)
-            yield [_name(spec, group), str(spec["labeled"]), name, *means, *counts]
+            yield [_name(spec, group), _data(group), str(spec["labeled"]), name, *means, *counts]
 
 
 def _run_lines(found):
@@ -71,8 +71,9 @@ def _run_lines(found):
             values = (score_text(column, score[_key(column)]) for column in SCORES)
             version = f"{code.get('version', '')} {(code.get('commit') or '')[:8]}{' dirty' * bool(code.get('dirty'))}"
             yield [
-                run["id"], group.split, f"{split['fold']} of {split['folds']}", str(run["spec"]["seed"]), *values,
-                str(score["missed"]), str(score["false_alarm"]), leaderboard.mean_text([leaderboard.hours(timing)], 3),
+                run["id"], group.split, _data(group), f"{split['fold']} of {split['folds']}", str(run["spec"]["seed"]),
+                *values, str(score["missed"]), str(score["false_alarm"]),
+                leaderboard.mean_text([leaderboard.hours(timing)], 3),
                 " ".join(version.split()),
             ]  # fmt: skip
 
@@ -105,7 +106,10 @@ def _name(spec, group):
     return f"{spec['method']} ({spec['network']}, {spec['precision']}, {group.runs[0]['hp_hash']})"
 
 
+def _data(group):
+    return leaderboard.data_of(group.runs[0])
+
+
 def _title(group):
-    spec = group.runs[0]["spec"]
-    data = leaderboard.data_of(group.runs[0])
+    spec, data = group.runs[0]["spec"], _data(group)
     return f"{_name(spec, group)}, {spec['labeled']} labeled, split {group.split}" + (f", data {data}" if data else "")

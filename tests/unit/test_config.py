@@ -234,6 +234,18 @@ def test_where_all_are_labeled_there_is_no_unlabeled_batch(method):
     assert (spec.labeled, spec.unlabeled_batch) == (80, 0)
 
 
+def test_labels_are_counted_in_patients_where_each_has_several_cases(capsys):
+    acdc = "--method ua_mt --dataset ACDC --protocol volumes"
+    assert one(f"{acdc} --labeled 20%").labeled == 14 and one(f"{acdc} --labeled 70").unlabeled_batch == 0
+    assert "labeled 71: expected 1 to 70 of the training patients" in turned_away(capsys, f"{acdc} --labeled 71")
+    assert "labeled 81: expected 1 to 80 of the training cases" in turned_away(capsys, f"{USER} --labeled 81")
+
+
+def test_whole_slices_have_no_stride():
+    slices = "--method ua_mt --dataset ACDC --protocol slices --patch [128,128]"
+    assert one(slices).stride == [128, 128] and one(f"{slices} --stride [64,64]").id == one(slices).id
+
+
 def test_a_method_is_required(capsys):
     assert "method" in turned_away(capsys, "--dataset LA")
 

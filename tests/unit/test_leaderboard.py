@@ -156,6 +156,22 @@ def test_all_that_defines_a_result_makes_its_own_row():
     assert table[-1]["labeled"] == "80" and table[-1]["unlabeled"] == "0"
 
 
+def test_cases_of_another_recipe_make_their_own_row_and_rank():
+    """Records without the entry are of the published files, as are those that say so."""
+    old, same = make(0.8, seed=0), make(0.8, seed=1, data={"recipe": "LA-published-1", "sha256": ""})
+    clean = [make(0.9, method, data={"recipe": "LA-clean-1", "sha256": "ab"}) for method in ("ua_mt", "cps")]
+    table = leaderboard.rows([old, same, *clean])
+    assert [(row["data"], row["method"], row["n"], row["rank"]) for row in table] == [
+        ("LA-clean-1", "cps", "1", "1"), ("LA-clean-1", "ua_mt", "1", "1"), ("LA-published-1", "ua_mt", "2", "1")]
+    titles = [line for line in leaderboard.markdown(table).splitlines() if line.startswith("### ")]
+    assert [title.rpartition(", ")[2] for title in titles] == ["data LA-clean-1", "data LA-published-1"]
+
+
+def test_patients_are_counted_as_they_were_labeled():
+    (row,) = leaderboard.rows([make(split__per_patient=2)])
+    assert (row["labeled"], row["unlabeled"]) == ("16", "32")
+
+
 def test_a_changed_list_is_another_split():
     old, new = make(0.8), make(0.9, "cps", split__sha256="cd" * 32)
     table = leaderboard.rows([old, new])

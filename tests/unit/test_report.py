@@ -51,13 +51,21 @@ def test_one_file_per_data_set_and_protocol(tmp_path):
 def test_scores_per_class_and_run():
     text = report.render([make(), make(seed=1, shift=0.07)])["LA-lite.md"]
     # one: (2.1 / 7 + 2.52 / 7) / 2 = 0.33, distances (50 + 6 * 3) / 7; missed once in each of the two runs
-    assert (
-        "| ua_mt (vnet, 32-true, 0123abcd) | 16 | one | 33.00 | 16.50 | 9.71 | 9.71 | 19.43 | 19.43 | 2 | 0 |" in text
-    )
-    assert "| ua_mt (vnet, 32-true, 0123abcd) | 16 | two | 80.00 | 40.00 | 3.00 | 3.00 | 6.00 | 6.00 | 0 | 0 |" in text
-    start = "| LA-lite-16-vnet-ua_mt-f0-s0-0123abcd | LA-paper | 0 of 1 | 0 | 55.00 | 27.50 | 6.36 |"
+    group = "| ua_mt (vnet, 32-true, 0123abcd) | LA-published-1 | 16 |"
+    assert f"{group} one | 33.00 | 16.50 | 9.71 | 9.71 | 19.43 | 19.43 | 2 | 0 |" in text
+    assert f"{group} two | 80.00 | 40.00 | 3.00 | 3.00 | 6.00 | 6.00 | 0 | 0 |" in text
+    start = "| LA-lite-16-vnet-ua_mt-f0-s0-0123abcd | LA-paper | LA-published-1 | 0 of 1 | 0 | 55.00 | 27.50 | 6.36 |"
     assert start in text and "| 1 | 0 |  | 1.0 abcdef01 dirty |" in text
     assert "56.50 ± 2.12" in text  # runs of 55 and 58
+
+
+def test_recipes_are_told_apart_in_every_table():
+    """Of one run on other cases only the recipe differs, the settings do not."""
+    clean = make() | {"id": "clean", "data": {"recipe": "LA-clean-1", "sha256": "cd" * 32}}
+    text = report.render([make(), clean])["LA-lite.md"]
+    for data in ("LA-published-1", "LA-clean-1"):
+        assert f"0123abcd) | {data} | 16 | one | 30.00 |" in text and f" | LA-paper | {data} | 0 of 1 |" in text
+        assert f"### ua_mt (vnet, 32-true, 0123abcd), 16 labeled, split LA-paper, data {data}\n" in text
 
 
 def test_the_policy_is_named_with_the_numbers():

@@ -116,6 +116,21 @@ def test_a_case_listed_twice_is_refused(folder):
     one_line(error)
 
 
+def test_cases_without_a_label_are_unlabeled_in_every_run(folder):
+    def add(cases, fold):
+        fold["extra"], fold["sha256_extra"] = cases, spec.ids_sha256(cases)
+
+    plain = load_split("LA-paper", 0)
+    rewrite(folder / "LA-paper.json", lambda fold: add(["free"], fold))
+    split = load_split("LA-paper", 0)
+    assert (split.train, split.extra, split.patients) == (plain.train, ("free",), 80)
+    assert split.unlabeled(16) == (*plain.train[16:], "free") and split.unlabeled(80) == ("free",)
+    assert split.sha256 != plain.sha256
+    rewrite(folder / "LA-paper.json", lambda fold: add([plain.test[0]], fold))
+    with pytest.raises(DataError, match="lists a case twice"):
+        load_split("LA-paper", 0)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"folds": [{"train": []}]}', '{"folds": 3}'])
 def test_a_broken_file_is_refused(folder, text):
     (folder / "LA-paper.json").write_text(text)

@@ -147,6 +147,13 @@ def test_planes_go_through_the_label_and_the_window_is_1_to_99_percent():
     np.testing.assert_allclose(axial.image, expected[::-1, ::-1].T, rtol=0, atol=0.51)
 
 
+def test_a_small_structure_on_an_even_background_keeps_its_shades():
+    image, label = np.zeros((10, 10, 10)), np.zeros((10, 10, 10), np.uint8)
+    image[5, 5, 5], image[5, 5, 6], label[5, 5, 5] = 1, 5, 1
+    axial, coronal, sagittal = summary.tile("x", stored(image, label)).planes
+    assert [int(plane.image.max()) for plane in (axial, coronal, sagittal)] == [51, 255, 255]
+
+
 def pixels(path):
     from matplotlib.image import imread
 
