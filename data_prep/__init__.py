@@ -7,7 +7,8 @@ from pathlib import Path
 
 from data_prep.spec import DataError, DatasetSpec, Protocol, Split, Store, load_split
 
-__all__ = ["DataError", "DatasetSpec", "Protocol", "Split", "Store", "dataset", "load_split", "locate", "names"]
+__all__ = ["DataError", "DatasetSpec", "Protocol", "Split", "Store", "dataset", "load_split", "locate", "names",
+           "recipe_at"]
 
 # A data set is in SPECS of a module; adding one takes its file and a line here.
 _MODULES = {
@@ -47,16 +48,25 @@ def locate(text: str, root: Path | str | None = None) -> tuple[DatasetSpec, Path
     from data_prep import store
 
     place = Path(text).expanduser()
-    folder = store.folder_of(place) if place.is_dir() else None
-    if folder is None and (below := root or os.environ.get("SSL4MIS_DATA")) and place.name == text:
+    folder, below = None, root or os.environ.get("SSL4MIS_DATA")
+    if below and place.name == text:  # before a folder of that name that happens to be here, such as the raw scans
         folder = store.find(Path(below).expanduser(), text, "clean")
+    if folder is None and place.is_dir():
+        folder = store.folder_of(place)
     if folder is None:
         if place.is_dir() or place.name != text:
             raise DataError(f"data set {text}: no prepared data set there, expected the folder of a dataset.json, as "
                             "`python -m data_prep.prepare NAME --raw DIR` writes it")
         _known(text)
     name = store.read_card(folder)["name"]
-    return (dataset(name) if name in _MODULES else store.spec_of(folder)), folder
+    return (dataset(name), place) if name in _MODULES else (store.spec_of(folder), folder)
+
+
+def recipe_at(folder: Path, name: str) -> str:
+    """What --recipe calls the recipe of a data set's store in this very folder, "" where there is none of it."""
+    from data_prep import store
+
+    return store.recipe_at(folder, name)
 
 
 _LOWER = {known.lower(): known for known in _MODULES}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.make_splits import ACDC_GROUPS
-from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.raw import H5Case, RawCase, below, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.spec import DataError, DatasetSpec, Protocol
 from data_prep.store import opener
@@ -18,7 +18,7 @@ VALUES = {value: value for value in range(len(CLASSES))}
 PATIENT = re.compile(r"patient(\d{3})")
 LABEL = re.compile(r"patient\d{3}_frame(\d+)_gt")
 H5_SPACING_KNOWN = False  # the published files do not tell it
-H5_FILE = re.compile(r"(patient\d{3}_frame0[12])(?:_slice_(\d+))?")
+H5_FILE = re.compile(r"(patient\d{3}_frame0[12])(?:_slice_(\d+))?\.h5")
 HOW_TO_GET = (
     "register at humanheart-project.creatis.insa-lyon.fr/database for the folders training and testing, then "
     "`python -m data_prep.prepare ACDC --raw DIR --out DATA`, or --from-h5 DIR for the files published with SSL4MIS"
@@ -56,8 +56,8 @@ def raw_cases(root: Path) -> list[RawCase]:
     where there is no patient at all; what is wrong with a patient is the problem of its cases.
     """
     folders = defaultdict(list)
-    for folder in sorted(root.rglob("patient*")):
-        if PATIENT.fullmatch(folder.name) and folder.is_dir() and "__MACOSX" not in folder.parts:
+    for folder, _ in below(root):
+        if PATIENT.fullmatch(folder.name):
             folders[folder.name].append(folder)
     if not folders:
         raise wrong_folder(root, "the archive of ACDC with training/patient001/Info.cfg")
@@ -70,10 +70,11 @@ def h5_cases(root: Path) -> list[H5Case]:
     Nothing in these files tells the spacing, so it is the usual one. Raises DataError where there is no such file.
     """
     files = defaultdict(lambda: defaultdict(list))
-    for path in sorted(root.rglob("patient*.h5")):
-        if found := H5_FILE.fullmatch(path.stem):
-            case, number = found.groups()
-            files[case][number and int(number)].append(path)
+    for folder, names in below(root):
+        for name in names:
+            if found := H5_FILE.fullmatch(name):
+                case, number = found.groups()
+                files[case][number and int(number)].append(folder / name)
     if not files:
         raise wrong_folder(root, "SSL4MIS's data/patient001_frame01.h5 or data/slices/patient001_frame01_slice_1.h5")
     return [_h5_case(case, files[case]) for case in sorted(files)]
@@ -148,7 +149,7 @@ def _h5_case(case: str, files: dict[int | None, list[Path]]) -> H5Case:
 
 VOLUMES = Protocol(
     name="volumes",
-    about="Whole stacks, fixed split by patients: patches of 250 x 250 x 160 mm, few planes for many pixels",
+    about="Whole stacks, fixed split by patients: patches of few planes and many pixels, about 250 x 250 x 160 mm",
     split="ACDC-paper",
     # the heart with room to spare in the plane, and nearly every whole stack; shorter ones are filled up with zeros
     patch=(160, 160, 16),
@@ -174,6 +175,7 @@ SLICES = Protocol(
     labeled_batch=12,
     unlabeled_batch=12,
     schedule="poly",
+    network="unet",
     augmentation=("rotflip_or_rotate",),
     precision="32-true",
     published=True,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.make_splits import is_lgg
-from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.raw import H5Case, RawCase, below, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.spec import DatasetSpec, Protocol
 from data_prep.store import opener
@@ -53,8 +53,9 @@ def raw_cases(root: Path) -> list[RawCase]:
     all; what is missing in a case is its problem.
     """
     folders = defaultdict(list)
-    for folder in sorted(root.rglob("[Bb][Rr][Aa][Tt][Ss]*")):
-        if folder.is_dir() and "__MACOSX" not in folder.parts and not any(sub.is_dir() for sub in folder.iterdir()):
+    for folder, _ in below(root):
+        named = folder != root and folder.name.lower().startswith("brats")
+        if named and not any(sub.is_dir() for sub in folder.iterdir()):
             folders[folder.name].append(folder)
     if not folders:
         raise wrong_folder(root, "the archive of BraTS with HGG/BraTS19_.../BraTS19_..._flair.nii.gz or a later year's")
@@ -67,8 +68,10 @@ def h5_cases(root: Path) -> list[H5Case]:
     Raises DataError where there is no such file.
     """
     files = defaultdict(list)
-    for path in sorted(root.rglob("BraTS*.h5")):
-        files[path.stem].append(path)
+    for folder, names in below(root):
+        for name in names:
+            if name.startswith("BraTS") and name.endswith(".h5"):
+                files[name.removesuffix(".h5")].append(folder / name)
     if not files:
         raise wrong_folder(root, "SSL4MIS's data/BraTS19_2013_0_1.h5 and others")
     return [
@@ -124,7 +127,9 @@ PAPER = Protocol(
     stride=(64, 64, 64),
     iterations=30000,
     labeled=(25, 50),
+    learning_rate=0.1,  # as SSL4MIS ran its U-Net; 0.01 suits networks with batch normalization
     schedule="poly",
+    network="unet",
     precision="32-true",
     published=True,
     modalities=("FLAIR",),

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data_prep.raw import RawCase, wrong_folder
+from data_prep.raw import RawCase, below, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.spec import DatasetSpec, Protocol
 from data_prep.store import opener
@@ -25,9 +25,10 @@ def raw_cases(root: Path) -> list[RawCase]:
     problem of its case.
     """
     files = defaultdict(lambda: {kind: [] for kind in KINDS})
-    for path in sorted(root.rglob("sub-strokecase*.nii*")):
-        if (found := FILE.fullmatch(path.name)) and "__MACOSX" not in path.relative_to(root).parts:
-            files[found[1]][found[2]].append(path)
+    for folder, names in below(root):
+        for name in names:
+            if found := FILE.fullmatch(name):
+                files[found[1]][found[2]].append(folder / name)
     if not files:
         raise wrong_folder(root, f"sub-strokecase0001/ses-0001/dwi and derivatives at any depth: {HOW_TO_GET}")
     return [_case(case, files[case]) for case in sorted(files)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.raw import H5Case, RawCase, below, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.spec import DataError, DatasetSpec, Protocol, Store
 from data_prep.store import CaseStore, data_folder, find
@@ -72,8 +72,6 @@ def h5_cases(root: Path) -> list[H5Case]:
 class LAStore:
     """The published h5 files under a folder, downsampled as the protocol says (once, then from the cache)."""
 
-    spacing_known = True
-
     def __init__(self, root: Path, downsample: int = 1) -> None:
         self.root = root
         self.downsample = downsample
@@ -108,9 +106,9 @@ class LAStore:
             count = f"{len(missing)} of {len(cases)} case files are missing under {self.root}"
             raise DataError(f"LA: {count}, the first is {missing[0]}/{FILE}: {HOW_TO_GET}")
 
-    def provenance(self) -> dict[str, str]:
+    def provenance(self, cases: Sequence[str]) -> dict[str, Any]:
         """The recipe of the published files; nothing sums them up."""
-        return {"recipe": PUBLISHED, "sha256": ""}
+        return {"recipe": PUBLISHED, "sha256": "", "label_guided": True, "spacing_known": True}
 
     def replay(self) -> dict[str, Any]:
         """A new scan is z-scored as the published ones were, and kept whole, since it has no label to crop by."""
@@ -124,8 +122,9 @@ class LAStore:
 def _folders(root: Path, *names: str) -> dict[str, list[Path]]:
     """Folders with one of these files by their names, which are the ids."""
     found = defaultdict(list)
-    for folder in sorted({path.parent for name in names for path in root.rglob(name)}):
-        found[folder.name].append(folder)
+    for folder, files in below(root):
+        if not set(names).isdisjoint(files):
+            found[folder.name].append(folder)
     return found
 
 

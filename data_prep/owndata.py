@@ -428,16 +428,21 @@ def _table(path: Path) -> _Found:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        # without a header, or pandas renames a repeated column and takes surplus ones for an index
+        frame = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False, encoding="utf-8-sig",
+                            header=None)
     except (OSError, ValueError, csv.Error) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not readable as a table ({reason}), expected the columns {COLUMNS}") from None
-    names = [str(name).strip() for name in frame.columns]
+        reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+        raise DataError(f"{path}: not readable as a table ({reason}), expected a CSV file in UTF-8 with the columns "
+                        f"{COLUMNS}") from None
+    frame = frame.fillna("").map(str.strip)
+    frame = frame.loc[(frame != "").any(axis=1), (frame != "").any()]  # spreadsheets append empty rows and columns
+    names, frame = (list(frame.iloc[0]) if len(frame) else []), frame[1:]
     frame.columns = [name.lower() if name.lower() in RESERVED else name for name in names]
     modalities = tuple(name for name in frame.columns if name not in RESERVED)
     if not modalities or not {"id", "label"} <= set(frame.columns) or len(set(frame.columns)) < len(names):
-        raise DataError(f"{path}: columns {', '.join(names)}, expected {COLUMNS}")
-    rows = [{key: str(value).strip() for key, value in row.items()} for row in frame.fillna("").to_dict("records")]
+        raise DataError(f"{path}: columns {', '.join(names) or 'none'}, expected {COLUMNS}")
+    rows = frame.to_dict("records")
     for name in modalities:
         named = [row[name] for row in rows if row[name]]
         if not any((path.parent / place).exists() for place in named):
@@ -447,10 +452,12 @@ def _table(path: Path) -> _Found:
     for row in rows:
         row["patient"] = row.get("patient") or row["id"]
     groups, _ = _of_patients(path, rows, "group"), _of_patients(path, rows, "fold")
-    cases = []
+    cases, images = [], {row[name] for row in rows for name in modalities} - {""}
     for row in rows:
         empty = [name for name in modalities if not row[name]]
         problem = f"{path}: case {row['id']!r} has no {empty[0]}, expected a path" if empty else ""
+        if row["label"] in images:  # its values would become classes of all cases
+            problem = f"{path}: case {row['id']!r} has the image {row['label']} as its label, expected a label"
         files = {number: path.parent / row[name] for number, name in enumerate(modalities)}
         label = path.parent / row["label"] if row["label"] else None
         case = _case(row["id"], files, label, modalities, problem)
@@ -493,16 +500,19 @@ def _folds_of(
 
 def _names(path: Path, cases: Sequence[RawCase]) -> dict[int, str]:
     """Classes as the labels have them, since a table does not tell: every whole number in any of them."""
+    labels = [case.label for case in cases if case.label and not case.problem]
     with ThreadPoolExecutor(2) as pool:  # each holds a whole label
-        found = pool.map(_values, [case.label for case in cases if case.label and not case.problem])
-        values = sorted(set().union(*found))
-    if values and values[0] < 0:
-        raise DataError(f"{path}: labels have the value {values[0]}, expected 0 for the background and no smaller one")
-    return _counted(path, {value: f"label {value}" if number else "background" for number, value in enumerate(values)})
+        found = dict(zip(labels, pool.map(_values, labels), strict=True))
+    values = sorted(set().union(*found.values()))
+    if len(values) > 256:
+        most = max(found, key=lambda label: len(found[label]))
+        raise DataError(f"{most}: {len(found[most])} label values, expected at most 256 in all labels of {path}")
+    # nothing but background, or none that can be read: reading the cases says why
+    return {value: f"label {value}" if number else "background" for number, value in enumerate(values or [0])}
 
 
 def _values(path: Path) -> set[int]:
-    """Values of a label, none where it cannot be one: reading the case says why."""
+    """Values of a label from 0, none where it cannot be one: reading the case says why."""
     try:
         voxels = read_scan(path, contrast=False).voxels
     except DataError:
@@ -513,7 +523,7 @@ def _values(path: Path) -> set[int]:
     seen = np.zeros(int(high) - int(low) + 1, bool)
     for plane in voxels:  # one at a time: as indices a whole CT takes gigabytes
         seen[plane.astype(np.intp) - int(low)] = True
-    return {int(low) + int(n) for n in np.flatnonzero(seen)}
+    return {value for value in (np.flatnonzero(seen) + int(low)).tolist() if value >= 0}
 
 
 def _usual_spacing(cases: Sequence[RawCase]) -> tuple[float, ...]:
@@ -533,11 +543,13 @@ def _spacing(path: Path) -> tuple[float, ...]:
     """Of one scan along x, y and z, from the header alone; a series of slices has none and is read."""
     import nibabel as nib
     import SimpleITK as sitk
+    from nibabel.imageglobals import LoggingOutputSuppressor
 
     suffix = next((end for end in ENDINGS if path.name.lower().endswith(end)), "")
     try:
         if suffix in NIFTI:
-            header = nib.load(path)
+            with LoggingOutputSuppressor():  # what matters of it becomes an error with a line of its own
+                header = nib.load(path)
             affine = np.array(header.affine) * MM.get(int(header.header["xyzt_units"]) % 8, 1.0)
         elif suffix:
             reader = sitk.ImageFileReader()

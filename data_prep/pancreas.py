@@ -1,6 +1,5 @@
 """Pancreas: the contrast-enhanced abdominal CT scans of TCIA's Pancreas-CT (NIH) with the pancreas."""
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.geometry import Geometry, to_store
-from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.raw import H5Case, RawCase, below, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.scans import LPS, Scan, same_grid
 from data_prep.spec import DataError, DatasetSpec, Protocol
@@ -23,14 +22,15 @@ DUPLICATES = {"PANCREAS_0025": "PANCREAS_0002", "PANCREAS_0070": "PANCREAS_0002"
 SCAN_FOLDER = re.compile(r"\W*pancreas[_-]?(\d{1,4})\W*", re.IGNORECASE)  # NBIA's tools leave quotes around names
 SCAN_FILE = re.compile(r"(image|img|pancreas|)[_-]?(\d{4})(?:_0000)?\.nii(?:\.gz)?", re.IGNORECASE)
 LABEL_FILE = re.compile(r"label[_-]?(\d{4})\.nii(?:\.gz)?", re.IGNORECASE)
-H5_FILE = re.compile(r"(?:image|pancreas|)[_-]?(\d{3,4})(?:_norm)?\.h5", re.IGNORECASE)
+H5_FILE = re.compile(r"(?:image|pancreas)[_-]?(\d{3,4})(?:_norm)?\.h5", re.IGNORECASE)
+CORANET_FILE = re.compile(r"\d{4}\.h5")
 SOFT_TISSUE = (-200.0, 300.0)  # HU; beyond it air and metal would decide alone
 RIM = 2  # voxels around a label that it is compared with
 FITS, CLEARLY = 0.5, 1.0  # least contrast of a label in its place, and of one that has to stand alone (`align`)
 HOW_TO_GET = (
     "get images and labels at www.cancerimagingarchive.net/collection/pancreas-ct (CC BY 3.0), then "
     "`python -m data_prep.prepare Pancreas --raw DIR --out DATA`, or --from-h5 DIR for files prepared with the code of "
-    "MC-Net or CoraNet"
+    "MC-Net"
 )
 
 RECIPES = {
@@ -75,17 +75,22 @@ def raw_cases(root: Path) -> list[RawCase]:
 
 
 def h5_cases(root: Path) -> list[H5Case]:
-    """The files of MC-Net (image0001_norm.h5) or CoraNet (0001.h5) at any depth below a folder, sorted by id.
+    """The files of MC-Net, image0001_norm.h5, at any depth below a folder, sorted by id: 1 mm, the axes of DICOM.
 
-    Both lie on a grid of 1 mm with the axes of DICOM; CoraNet's scaled the depth like the plane, so that along z their
-    mm are not true. Raises DataError where there is no such file.
+    CoraNet's, 0001.h5, are other data: from 0 to 1, without z-score, cropped along z as well, and with a depth that was
+    scaled like the plane, so that no recipe leads a new scan there. Raises DataError for them and where there is no
+    such file.
     """
     files = defaultdict(list)
-    for path in sorted(root.rglob("*.h5")):
-        if found := H5_FILE.fullmatch(path.name):
-            files[_id(found[1])].append(path)
+    for folder, names in below(root):
+        for name in names:
+            if found := H5_FILE.fullmatch(name):
+                files[_id(found[1])].append(folder / name)
+            elif CORANET_FILE.fullmatch(name):
+                raise DataError(f"{folder / name}: a file of CoraNet, whose depth is not true to scale, expected "
+                                "image0001_norm.h5 and so on of MC-Net, or the archive with --raw")
     if not files:
-        raise wrong_folder(root, "the files image0001_norm.h5 of MC-Net or 0001.h5 of CoraNet")
+        raise wrong_folder(root, "the files image0001_norm.h5 of MC-Net")
     return [H5Case(case, tuple(files[case][:1]), spacing=SPACING, patient=case, problem=_repeated(case, files[case]),
                    note=_note(case)) for case in sorted(files)]
 
@@ -165,15 +170,13 @@ def _id(number: str) -> str:
 def _walk(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     """Images (files and DICOM folders) and labels below a folder by their ids, in a fixed order."""
     images, labels = defaultdict(list), defaultdict(list)
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name != "__MACOSX")
-        here = Path(folder)
+    for here, names in below(root):
         if any(name.lower().endswith(".dcm") for name in names):
             for part in reversed(here.relative_to(root.parent).parts):
                 if found := SCAN_FOLDER.fullmatch(part):
                     images[_id(found[1])].append(here)
                     break
-        for name in sorted(names):
+        for name in names:
             if found := LABEL_FILE.fullmatch(name):
                 labels[_id(found[1])].append(here / name)
             elif found := SCAN_FILE.fullmatch(name):

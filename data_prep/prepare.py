@@ -151,10 +151,11 @@ def find_archive(name: str, raw: Path | None, from_h5: Path | None, recipe: str 
     if from_h5:
         raise DataError(f"--from-h5 for {name!r}, expected one of {', '.join(built_in.values())} or, for own data, "
                         f"--raw with {OWN_LAYOUT}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name.lower().startswith("phantom"):
-        raise DataError(f"data set {name!r}, expected a name of letters, digits, - and _ that is not taken")
     from data_prep import owndata
+    from data_prep.store import NAME
 
+    if not re.fullmatch(NAME, name) or name.lower().startswith("phantom"):
+        raise DataError(f"data set {name!r}, expected a name of letters, digits, - and _ that is not taken")
     archive = owndata.archive(name, place)
     if recipe not in (None, archive.recipe.name):
         raise DataError(f"recipe {recipe!r} is unknown for own data, expected {archive.recipe.name}")
@@ -173,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a folder without permission, before any case is opened
+        print(f"prepare: error: {error.filename or args.out}: {error.strerror}, expected access to it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -182,10 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if bad else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"prepare: error: {message}\n")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     summary, _, text = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(prog="python -m data_prep.prepare", description=summary, epilog=text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="python -m data_prep.prepare", description=summary, epilog=text,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     built_in = ", ".join(name for name in data_prep.names() if not name.startswith("phantom"))
     parser.add_argument("dataset", help=f"{built_in}, or a name of your own")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -551,7 +562,7 @@ def _scan_hash(voxels) -> str:
 
 
 def _same_scans(ledger: _Ledger) -> list[list[str]]:
-    """Groups of cases with equal voxels; of own data the first stays, and the others are bad.
+    """Groups of cases with equal voxels; of own data the first with a label stays, and the others are bad.
 
     Published case lists have scans twice, so those of a known archive are only told.
     """
@@ -561,7 +572,9 @@ def _same_scans(ledger: _Ledger) -> list[list[str]]:
     same = [group for group in groups.values() if len(group) > 1]
     if not _is_own(ledger.archive):
         return same
-    for first, *others in same:
+    labeled = {case.id for case in ledger.archive.cases if case.label}
+    for group in same:
+        first, *others = sorted(group, key=lambda case: case not in labeled)
         for case in others:
             ledger.reject(case, f"{case}: the same scan as {first}, expected every scan once")
     ledger.save()
@@ -623,7 +636,8 @@ def _finish(
         "schema": store.SCHEMA, "name": archive.name, "title": archive.title, "modality": archive.modality,
         "modalities": archive.modalities, "classes": archive.classes, "regions": dict(archive.regions),
         "citation": archive.citation, "source": archive.source, "spacing": spacing,
-        "spacing_known": archive.spacing_known, "recipe": archive.recipe.to_dict(), "replay": archive.replay.to_dict(),
+        "spacing_known": archive.spacing_known, "label_guided": archive.replay.label_guided,
+        "recipe": archive.recipe.to_dict(), "replay": archive.replay.to_dict(),
         "protocols": {name: asdict(protocol) for name, protocol in protocols.items()} if _is_own(archive) else {},
     })
     return summary.remarks(found)

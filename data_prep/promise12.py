@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data_prep.make_splits import PROMISE12_CENTERS
-from data_prep.raw import RawCase, wrong_folder
+from data_prep.raw import RawCase, below, wrong_folder
 from data_prep.recipes import Recipe, Step
 from data_prep.spec import DatasetSpec, Protocol
 from data_prep.store import opener
@@ -26,11 +26,12 @@ def raw_cases(root: Path) -> list[RawCase]:
     where there is no case at all; a missing or repeated file is the problem of its case.
     """
     images, labels = defaultdict(list), defaultdict(list)
-    for path in sorted(root.rglob("*.mhd")):
-        folders = path.relative_to(root).parts[:-1]
-        found = FILE.fullmatch(path.name)
-        if found and "__MACOSX" not in folders and not any(map(TEST.fullmatch, folders)):
-            (labels if found[2] else images)[int(found[1])].append(path)
+    for folder, names in below(root):
+        if any(map(TEST.fullmatch, folder.relative_to(root).parts)):
+            continue
+        for name in names:
+            if found := FILE.fullmatch(name):
+                (labels if found[2] else images)[int(found[1])].append(folder / name)
     if not images and not labels:
         raise wrong_folder(root, f"Case00.mhd and Case00_segmentation.mhd at any depth: {HOW_TO_GET}")
     return [_case(number, images[number], labels[number]) for number in sorted({*images, *labels})]

@@ -1,6 +1,7 @@
 """Cases of an archive as downloaded: which files make up a case, and their scans checked against each other."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_prep.spec import DataError
 from data_prep.volumes import read_image, read_label
 
 DATA_FILE = {".mhd": ("elementdatafile", "="), ".nhdr": ("data file", ":")}  # the header line that names the voxels
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,36 @@ class Archive:
     folds: list[dict] | None = None
 
 
+def below(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, each with the names of its files, in a fixed order.
+
+    Links are followed, every folder once. What is hidden or macOS's does not count, nor does a data set that was
+    prepared into the archive, whose h5 files may have the names of the published ones. Raises DataError for a folder
+    that cannot be read.
+    """
+    def unreadable(error: OSError):
+        if os.path.isdir(error.filename):
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}), expected a folder of the archive")
+
+    seen = set()
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen or "cases" in folders and "manifest.json" in names:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        yield Path(folder), sorted(name for name in names if name[0] != ".")
+
+
 def wrong_folder(root: Path, expected: str) -> DataError:
     """The error to raise where a folder is not the archive: what is there, and what was expected."""
     if not root.is_dir():
         return DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}, expected {expected}")
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
     found = ", ".join(inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
-    return DataError(f"{root}: found {found or 'nothing'}, expected {expected}")
+    advice = " (unpack what is packed first)" if any(name.lower().endswith(PACKED) for name in inside) else ""
+    return DataError(f"{root}: found {found or 'nothing'}, expected {expected}{advice}")
 
 
 def _files(place: Path) -> Sequence[Path]:

@@ -22,9 +22,10 @@ class Protocol:
     """How a data set is trained and evaluated, so that two results of one protocol can be compared.
 
     `patch` and `stride` (of the sliding window) are in voxels after downsampling; `labeled` are the label counts in
-    use, smallest first; `schedule` is "step" (x0.1 after every 2500/6000 of the run), "poly" or "constant"; `precision`
-    "auto" takes bfloat16 where the processor has it; `width` is the base width of the network; `published` says that it
-    follows the publications, so that a method's own published number of iterations goes over `iterations`.
+    use, smallest first; `schedule` is "step" (x0.1 after every 2500/6000 of the run), "poly" or "constant"; `network`
+    is the usual backbone, `width` its base width; `precision` "auto" takes bfloat16 where the processor has it;
+    `published` says that it follows the publications, so that a method's own published number of iterations goes over
+    `iterations`.
 
     `recipe` names how raw scans became the cases; `modalities` are the channels read, () for all; `region` makes the
     task binary: that region of the data set against the rest; `slices` trains a 2D network on the planes across the
@@ -42,6 +43,7 @@ class Protocol:
     unlabeled_batch: int = 2
     learning_rate: float = 0.01
     schedule: str = "step"
+    network: str = "vnet"
     augmentation: tuple[str, ...] = ("rotflip",)
     width: int = 16
     precision: str = "auto"
@@ -57,10 +59,7 @@ class Store(typing.Protocol):
     """Read access to the cases of one data set.
 
     Image and label are separate calls on purpose: the labels of unlabeled and test cases are never read by training.
-    `spacing_known` says whether mm are those of the scanner.
     """
-
-    spacing_known: bool
 
     def image(self, case: str) -> "np.ndarray":
         """The scan of a case: float32, (channels, *space). Raises DataError."""
@@ -78,8 +77,13 @@ class Store(typing.Protocol):
         """Raises DataError at once when a case is missing, before any training time is spent."""
         ...
 
-    def provenance(self) -> dict[str, str]:
-        """What a record says of the data: "recipe", its id, and "sha256" of the cases; both "" where they are made."""
+    def provenance(self, cases: Sequence[str]) -> dict:
+        """What a record says of these cases.
+
+        "recipe", its id, and "sha256" of the cases, both "" where they are made by the program or not known;
+        "label_guided", whether the boxes of the scans follow the labels, and "spacing_known", whether mm are those of
+        the scanner.
+        """
         ...
 
     def replay(self) -> dict | None:

@@ -4,8 +4,11 @@ import functools
 import hashlib
 import json
 import os
+import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,10 @@ SCHEMA = 1  # of the card
 CARD, MANIFEST = "dataset.json", "manifest.json"
 ENTRIES = {  # of the card, in this order
     "schema": int, "name": str, "title": str, "modality": str, "modalities": list, "classes": list, "regions": dict,
-    "citation": str, "source": str, "spacing": list, "spacing_known": bool, "recipe": dict, "replay": dict,
-    "protocols": dict,
+    "citation": str, "source": str, "spacing": list, "spacing_known": bool, "label_guided": bool, "recipe": dict,
+    "replay": dict, "protocols": dict,
 }
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a data set, which files, folders and records are named after
 TYPES = {"float32": "<f4", "float16": "<f2"}  # one byte order, so that the checksum is the same on any machine
 CHUNK = 64  # voxels per axis and channel of a compressed case: a crop touches few, and one fits into h5py's cache
 MAPPED = 10240  # open files that a process asks for when it maps cases
@@ -120,7 +124,7 @@ def find(root: Path, name: str, recipe: str) -> Path | None:
     damaged = None
     for place in _places(root, name, recipe):
         try:
-            if _recipe_at(place, name) == recipe:
+            if recipe_at(place, name) == recipe:
                 return place
         except DataError as error:
             damaged = damaged or error
@@ -145,7 +149,6 @@ class CaseStore:
         self.folder, self.spec, self.protocol = Path(folder), spec, protocol
         self.card = read_card(self.folder)
         self.recipe = Recipe.from_dict(self.card["recipe"])
-        self.spacing_known = self.card["spacing_known"]
 
     def image(self, case: str) -> np.ndarray:
         """The scan: float32, (channels, x, y, z), writable without a change of the file.
@@ -203,15 +206,16 @@ class CaseStore:
             with self._open(case):
                 pass
 
-    def provenance(self) -> dict[str, str]:
-        """The recipe's id and "sha256" over ids and checksums of all cases in manifest.json. Raises DataError."""
+    def provenance(self, cases: Sequence[str]) -> dict[str, Any]:
+        """As in `spec.Store`; "sha256" is over sorted ids and their checksums in manifest.json. Raises DataError."""
         path = self.folder / MANIFEST
         manifest = _read_json(path, "the manifest of a prepared data set")
         try:
-            cases = {case: entry["output"]["sha256"] for case, entry in manifest["cases"].items()}
-        except (AttributeError, KeyError, TypeError):
-            raise DataError(f"{path}: no checksums of the cases, expected cases: id: output: sha256") from None
-        return {"recipe": self.recipe.id, "sha256": ids_sha256([f"{case} {cases[case]}" for case in sorted(cases)])}
+            lines = [f"{case} {manifest['cases'][case]['output']['sha256']}" for case in sorted(cases)]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: no checksum of a case ({error}), expected cases: id: output: sha256") from None
+        return {"recipe": self.recipe.id, "sha256": ids_sha256(lines), "label_guided": self.card["label_guided"],
+                "spacing_known": self.card["spacing_known"]}
 
     def replay(self) -> dict[str, Any]:
         """What `Recipe.from_dict` takes: the recipe for new scans."""
@@ -295,11 +299,12 @@ def spec_of(folder: Path | str) -> DatasetSpec:
     protocols = {}
     for name, entry in card["protocols"].items():
         try:
-            protocols[name] = Protocol(**{key: tuple(value) if isinstance(value, list) else value
-                                          for key, value in entry.items()})
+            protocols[name] = _protocol(entry)
         except (AttributeError, TypeError) as error:
             raise DataError(f"{folder / CARD}: protocol {name} is none ({error}), "
                             "expected the entries of data_prep.spec.Protocol") from None
+    if not protocols:
+        raise DataError(f"{folder / CARD}: no protocol, expected one to train by")
     return DatasetSpec(
         name=card["name"],
         title=card["title"],
@@ -316,11 +321,25 @@ def spec_of(folder: Path | str) -> DatasetSpec:
     )
 
 
+def _protocol(entry: Mapping[str, Any]) -> Protocol:
+    """Raises AttributeError or TypeError for what is no protocol."""
+    found = Protocol(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    for part in fields(Protocol):
+        value, (kind, *_) = getattr(found, part.name), typing.get_args(part.type) or (part.type,)
+        several = kind is not part.type
+        if several != isinstance(value, tuple) or not all(
+                isinstance(each, int | float if kind is float else kind) for each in (value if several else [value])):
+            raise TypeError(f"{part.name} is {value!r}")
+    if not (found.patch and found.stride and found.labeled):
+        raise TypeError("patch, stride or labeled is empty")
+    return found
+
+
 def _places(root: Path, name: str, recipe: str) -> tuple[Path, Path, Path]:
     return root, root / recipe, root / name / recipe
 
 
-def _recipe_at(place: Path, name: str) -> str:
+def recipe_at(place: Path, name: str) -> str:
     """Name of the recipe that a data set in a folder goes with, "" where the card is of another or missing."""
     path = place / CARD
     card = _read_json(path, "the card of a prepared data set") if path.is_file() else {}
@@ -334,7 +353,7 @@ def _others(root: Path, name: str) -> list[str]:
     found = set()
     for path in (root, *root.glob("*/"), *(root / name).glob("*/")):
         with suppress(DataError):
-            found.add(_recipe_at(path, name))
+            found.add(recipe_at(path, name))
     return sorted(found - {""})
 
 
@@ -407,9 +426,15 @@ def _checked(card: dict[str, Any], path: Path) -> dict[str, Any]:
         if not isinstance(card[name], kind) or kind is int and card[name] != SCHEMA:
             wanted = SCHEMA if kind is int else f"a {kind.__name__}"
             raise DataError(f"{path}: {name} is {card[name]!r}, expected {wanted}")
-    texts, values = [*card["modalities"], *card["classes"]], [v for part in card["regions"].values() for v in part]
-    if not all(isinstance(text, str) for text in texts) or not set(values) <= set(range(len(card["classes"]))):
-        raise DataError(f"{path}: modalities, classes or regions are not names and lists of classes, expected those")
+    if not re.fullmatch(NAME, card["name"]):
+        raise DataError(f"{path}: name is {card['name']!r}, expected letters, digits, '.', '_' and '-'")
+    for name, least in (("modalities", 1), ("classes", 2)):
+        if len(card[name]) < least or not all(isinstance(text, str) for text in card[name]):
+            raise DataError(f"{path}: {name} is {card[name]!r}, expected names, at least {least}")
+    count = len(card["classes"])
+    for name, part in card["regions"].items():
+        if not isinstance(part, list) or not part or not all(value in range(count) for value in part):
+            raise DataError(f"{path}: region {name} is {part!r}, expected a list of classes, 0 to {count - 1}")
     if len(card["spacing"]) != 3 or not all(isinstance(mm, int | float) and mm > 0 for mm in card["spacing"]):
         raise DataError(f"{path}: spacing is {card['spacing']}, expected 3 numbers above 0 mm")
     for name in ("recipe", "replay"):

@@ -194,11 +194,13 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     parser.add_class_arguments(RunOptions)
     try:
         named = peek(argv)
-        spec, _ = data_prep.locate(named.get("dataset", "LA"), named.get("data_root"))
+        spec, folder = data_prep.locate(named.get("dataset", "LA"), named.get("data_root"))
         # a fold says that there are several; the first protocol of a data set has one
         folds = "cv5" if "fold" in named and "cv5" in spec.protocols else None
         protocol = find_protocol(spec, named.get("protocol", folds))
         defaults = {"dataset": spec.name, "protocol": protocol.name, "labeled": protocol.labeled[-1]}
+        if folder and folder.is_dir():
+            defaults["recipe"] = data_prep.recipe_at(folder, spec.name)
         shared = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(protocol)}
         for name in shared - {"labeled", "recipe"}:
             value = getattr(protocol, name)

@@ -32,9 +32,10 @@ BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 
 
 class Group(NamedTuple):
-    """Runs that differ in fold and seed only, sorted by them, and the scores of each."""
+    """Runs that differ in fold and seed only, sorted by them, and the scores of each; `data` names their cases."""
 
     split: str
+    data: str
     runs: list[dict]
     scores: list[dict]
 
@@ -53,11 +54,12 @@ def groups(records, rule: str = "last", policy: str = "penalty") -> list[Group]:
     Raises ValueError when two records of a group share fold and seed.
     """
     counted = select(records, rule)
-    labels = _split_labels(counted)
+    splits = _labels(counted, lambda run: (run["split"]["name"], run["split"]["sha256"]))
+    data = _labels(counted, lambda run: (data_of(run), run.get("data", {}).get("sha256", "")))
     gathered = defaultdict(dict)
-    for run in counted:
-        spec, split = run["spec"], labels[run["id"]]
-        key = (spec["dataset"], spec["protocol"], split, data_of(run), run["split"]["folds"], spec["labeled"],
+    for run, split, cases in zip(counted, splits, data, strict=True):
+        spec = run["spec"]
+        key = (spec["dataset"], spec["protocol"], split, cases, run["split"]["folds"], spec["labeled"],
                spec["method"], spec["network"], spec["precision"], run["hp_hash"])  # fmt: skip
         place = (spec["fold"], spec["seed"])
         if place in gathered[key]:
@@ -67,7 +69,7 @@ def groups(records, rule: str = "last", policy: str = "penalty") -> list[Group]:
     found = []
     for key, runs in sorted(gathered.items()):
         runs = [runs[place] for place in sorted(runs)]
-        found.append(Group(key[2], runs, [run_scores(run, policy) for run in runs]))
+        found.append(Group(key[2], key[3], runs, [run_scores(run, policy) for run in runs]))
     return found
 
 
@@ -230,19 +232,19 @@ def _text(path):
     return path.read_bytes().decode()  # line ends as they are
 
 
-def _split_labels(records):
-    """Record id -> name of its split; with the checksum added where one fold occurs with two checksums."""
+def _labels(records, part):
+    """Per record the name of a part of it; with the checksum added where one fold occurs with two checksums.
+
+    `part` gives name and checksum of a record's part.
+    """
+    def place(run):
+        return run["spec"]["dataset"], run["split"]["name"], run["split"]["folds"], part(run)[0]
+
     seen = defaultdict(set)
     for run in records:
-        split = run["split"]
-        seen[run["spec"]["dataset"], split["name"], split["folds"], split["fold"]].add(split["sha256"])
-    changed = {key[:3] for key, sums in seen.items() if len(sums) > 1}
-    labels = {}
-    for run in records:
-        split = run["split"]
-        known = (run["spec"]["dataset"], split["name"], split["folds"]) not in changed
-        labels[run["id"]] = split["name"] if known else f"{split['name']}@{split['sha256'][:8]}"
-    return labels
+        seen[place(run), run["split"]["fold"]].add(part(run)[1])
+    changed = {where for (where, _), sums in seen.items() if len(sums) > 1}
+    return [part(run)[0] + (f"@{part(run)[1][:8]}" if place(run) in changed else "") for run in records]
 
 
 def _ranked(found):
@@ -251,7 +253,7 @@ def _ranked(found):
     for group in found:
         run = group.runs[0]
         spec = run["spec"]
-        place = (spec["dataset"], spec["protocol"], group.split, data_of(run), run["split"]["folds"], spec["labeled"])
+        place = (spec["dataset"], spec["protocol"], group.split, group.data, run["split"]["folds"], spec["labeled"])
         fields[place].append((fmean(score["dice"] for score in group.scores), group))
     table = []
     for _, entries in sorted(fields.items()):
@@ -268,7 +270,7 @@ def _measured_row(group, rank):
     spec, split = run["spec"], run["split"]
     row = dict.fromkeys(COLUMNS, "") | {
         "rank": rank, "source": "measured", "dataset": spec["dataset"], "protocol": spec["protocol"],
-        "split": group.split, "data": data_of(run), "labeled": str(spec["labeled"]),
+        "split": group.split, "data": group.data, "labeled": str(spec["labeled"]),
         "unlabeled": str(len(split["unlabeled"]) // split.get("per_patient", 1)),
         "method": spec["method"], "network": spec["network"], "precision": spec["precision"],
         "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
@@ -281,6 +283,8 @@ def _measured_row(group, rank):
         "hours": mean_text([hours(item["timing"]) for item in runs], 3),
     }  # fmt: skip
     for column, (key, _) in METRICS.items():
+        if key.endswith("_mm") and not run.get("data", {}).get("spacing_known", True):
+            continue  # voxels of unknown size have no distance in mm
         values = [score[key] for score in group.scores]
         row[column] = score_text(column, fmean(values))
         if f"{column}_sd" in row and len(values) > 1:

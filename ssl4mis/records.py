@@ -108,6 +108,8 @@ def validate(record, name: str) -> None:
             f"{name}: spec.fold {spec['fold']}, split.fold {split['fold']} of {split['folds']} folds,"
             " expected equal and below the number of folds"
         )
+    if "data" in record:  # older ones have none
+        _check(record["data"], {"recipe": str, "sha256": str}, name, "data")
     for number, row in enumerate(record["cases"]):
         _check_case(row, name, f"cases[{number}]")
     _check_coverage(record, name)

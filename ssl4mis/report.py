@@ -61,7 +61,7 @@ def _class_lines(found):
             scores = [score["classes"][name] for score in group.scores]
             counts = (str(sum(score[key] for score in scores)) for key in ("missed", "false_alarm"))
             means = (score_text(column, fmean(score[_key(column)] for score in scores)) for column in SCORES)
-            yield [_name(spec, group), _data(group), str(spec["labeled"]), name, *means, *counts]
+            yield [_name(spec, group), group.data, str(spec["labeled"]), name, *means, *counts]
 
 
 def _run_lines(found):
@@ -71,7 +71,7 @@ def _run_lines(found):
             values = (score_text(column, score[_key(column)]) for column in SCORES)
             version = f"{code.get('version', '')} {(code.get('commit') or '')[:8]}{' dirty' * bool(code.get('dirty'))}"
             yield [
-                run["id"], group.split, _data(group), f"{split['fold']} of {split['folds']}", str(run["spec"]["seed"]),
+                run["id"], group.split, group.data, f"{split['fold']} of {split['folds']}", str(run["spec"]["seed"]),
                 *values, str(score["missed"]), str(score["false_alarm"]),
                 leaderboard.mean_text([leaderboard.hours(timing)], 3),
                 " ".join(version.split()),
@@ -106,10 +106,6 @@ def _name(spec, group):
     return f"{spec['method']} ({spec['network']}, {spec['precision']}, {group.runs[0]['hp_hash']})"
 
 
-def _data(group):
-    return leaderboard.data_of(group.runs[0])
-
-
 def _title(group):
-    spec, data = group.runs[0]["spec"], _data(group)
-    return f"{_name(spec, group)}, {spec['labeled']} labeled, split {group.split}" + (f", data {data}" if data else "")
+    spec, data = group.runs[0]["spec"], f", data {group.data}" if group.data else ""
+    return f"{_name(spec, group)}, {spec['labeled']} labeled, split {group.split}{data}"

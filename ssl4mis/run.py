@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ssl4mis import __version__, checkpoint, memory, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
 from ssl4mis.evaluator import evaluate
+from ssl4mis.leaderboard import data_of
 from ssl4mis.loading import Loader
 from ssl4mis.method import Method, Task
 from ssl4mis.progress import duration, paced
@@ -35,16 +37,19 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     device = pick_device(options.device)
     spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
     record_path = options.out / "records" / f"{spec.id}.json"
-    if record_path.exists():
-        say(f"{spec.id} is finished: {record_path}")
-        return record_path
     dataset, root = data_prep.locate(spec.dataset, options.data_root)
     protocol = find_protocol(dataset, spec.protocol)
     if spec.recipe:
         protocol = dataclasses.replace(protocol, recipe=spec.recipe)
     split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
+    cases = [*split.train, *split.extra, *split.test]
+    if record_path.exists():
+        with suppress(data_prep.DataError):  # without the data a record is as good
+            same_data(record_path, read_json(record_path), dataset.open(root, protocol).provenance(cases))
+        say(f"{spec.id} is finished: {record_path}")
+        return record_path
     store = dataset.open(root, protocol)
-    store.check([*split.train, *split.extra, *split.test])
+    store.check(cases)
 
     code = code_version()
     torch.manual_seed(spec.seed)
@@ -54,7 +59,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
                 (spec.labeled_batch, spec.unlabeled_batch))
     method = build_method(spec, task, spacing)
     folder = options.out / "runs" / spec.id
-    data = describe_data(dataset, protocol, store)
+    data = store.provenance(cases) | describe_data(dataset, protocol, store)
     keep_description(folder, spec, data)
     unit = "patients" if split.per_patient > 1 else "cases"
     say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {split.patients} training {unit}")
@@ -87,12 +92,12 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
 
 
 def describe_data(dataset, protocol, store) -> dict:
-    """What a run was made of and what a prediction with it must replay; it lies in the run's folder."""
-    return store.provenance() | {
+    """What a prediction with a run must replay and say; with where the cases are from it lies in the run's folder."""
+    return {
         "replay": store.replay(), "modalities": list(dataset.channels(protocol)),
         "classes": list(dataset.task(protocol)),
         "targets": {name: list(values) for name, values in dataset.targets(protocol).items()},
-        "slices": protocol.slices, "downsample": protocol.downsample, "spacing_known": store.spacing_known,
+        "slices": protocol.slices, "downsample": protocol.downsample,
         "spacing": [mm * protocol.downsample for mm in dataset.spacing[: dataset.dims(protocol)]],
         "title": dataset.title, "citation": dataset.citation,
     }
@@ -101,21 +106,37 @@ def describe_data(dataset, protocol, store) -> dict:
 def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
     """Write the settings and the description of the data into a run's folder; UserError where it holds other data."""
     kept = folder / "data.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    data = json.loads(json.dumps(data))  # tuples as lists, to compare with what was written
-    if kept.exists() and (before := json.loads(kept.read_text())) != data:
-        changed = next(key for key in data if before.get(key) != data[key])
-        raise UserError(f"{folder}: the run began on other data, {changed} {before.get(changed)}, expected "
-                        f"{data[changed]} as now; remove the folder to start again")
-    (folder / "config.json").write_text(json.dumps(spec.stated, indent=1) + "\n")
-    kept.write_text(json.dumps(data, indent=1) + "\n")
+    if kept.exists():
+        same_data(kept, {"data": read_json(kept), "spec": spec.stated}, data)
+    records.write_text(folder / "config.json", json.dumps(spec.stated, indent=1) + "\n")
+    records.write_text(kept, json.dumps(data, indent=1) + "\n")
+
+
+def same_data(path: Path, record: dict, data: dict) -> None:
+    """UserError unless what is in a file was made of these cases; of older records only the recipe is known."""
+    before = record.get("data", {"recipe": data_of(record)})
+    for key in ("recipe", "sha256"):
+        if before.get(key, data[key]) != data[key]:
+            raise UserError(f"{path}: made of other data, {key} {before[key] or 'none'}, expected "
+                            f"{data[key] or 'none'} as now; remove it to start again, or take another --out")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UserError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}), expected what a run writes; remove it to go on") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object, expected what a run writes; remove it to go on")
+    return found
 
 
 def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
     """The part of a record that is known before training."""
     return {
         "schema": records.SCHEMA, "id": spec.id, "spec": spec.stated, "hp_hash": spec.hp_hash,
-        "data": {key: data[key] for key in ("recipe", "sha256")},
+        "data": {key: data[key] for key in ("recipe", "sha256", "label_guided", "spacing_known")},
         "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
                   "per_patient": split.per_patient,
                   "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),

@@ -8,8 +8,6 @@ Code: HiLab-git/SSL4MIS, train_cross_pseudo_supervision_3D.py.
 Differs from the code:
 - the weight ramps up smoothly over the run instead of in blocks of 150 steps (`ramp_every` 150 gives the blocks);
 - the poly schedule is one step later than in this one script, as in the authors' other scripts;
-- on BraTS the learning rate is 0.01, the script's default, where the released shell command, for a U-Net with instance
-  normalization, passes 0.1 (`learning_rate` 0.1);
 - transposed convolutions start like the others, where the script leaves them as torch makes them;
 - the paper's own 2D method is `images` all, `weight` 1.5 and `ramp` 0; its supervised loss has no Dice.
 """

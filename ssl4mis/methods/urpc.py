@@ -24,7 +24,7 @@ import torch
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
-from ssl4mis.method import Method, Preset, at_least_one, within
+from ssl4mis.method import Method, at_least_one, within
 
 DROPOUT = (0.1, 0.2, 0.3, 0.5)  # of channels after the decoder levels, fine to coarse
 RELEASED_CLASSES = 3
@@ -58,7 +58,6 @@ class Config:
 
 class URPC(Method):
     Config = Config
-    presets = {"BraTS": Preset(run={"learning_rate": 0.1})}
 
     def __init__(self, build, task, hp):
         super().__init__(build, task, hp)

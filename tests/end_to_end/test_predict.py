@@ -56,9 +56,9 @@ SETS = {
     "ACDC slices": (acdc, "--protocol slices --patch [32,32] --stride [32,32]", "paper", "**/{}/*_frame04.nii.gz"),
     "ACDC volumes": (acdc, "--protocol volumes --patch [32,32,16] --stride [32,32,16]", "paper",
                      "**/{}/*_frame04.nii.gz"),
-    "BraTS FLAIR": (brats, "--protocol paper --patch [16,16,16] --stride [16,16,16]", "paper", "**/{}"),
-    "BraTS regions": (brats, "--protocol regions --patch [16,16,16] --stride [16,16,16] --recipe clean", "clean",
-                      "**/{}"),
+    "BraTS FLAIR": (brats, "--protocol paper --network vnet --patch [16,16,16] --stride [16,16,16]", "paper", "**/{}"),
+    "BraTS regions": (brats, "--protocol regions --network vnet --patch [16,16,16] --stride [16,16,16] --recipe clean",
+                      "clean", "**/{}"),
     "PROMISE12": (promise12, "--patch [32,32,16] --stride [32,32,16]", "clean", "**/{}.mhd"),
     "ISLES2022": (isles2022, "--patch [32,32,32] --stride [32,32,32]", "clean", "*/{}"),
 }

@@ -235,7 +235,7 @@ def test_the_published_protocol():
         protocol = SPEC.protocols[name]
         assert protocol.published and protocol.split == split and SPEC.dims(protocol) == 3
         assert (protocol.patch, protocol.stride) == ((96, 96, 96), (64, 64, 64))
-        assert (protocol.iterations, protocol.learning_rate, protocol.schedule) == (30000, 0.01, "poly")
+        assert (protocol.iterations, protocol.learning_rate, protocol.schedule) == (30000, 0.1, "poly")
         assert (protocol.labeled_batch, protocol.unlabeled_batch, protocol.labeled) == (2, 2, (25, 50))
         assert (protocol.augmentation, protocol.precision, protocol.recipe) == (("rotflip",), "32-true", "paper")
         assert SPEC.channels(protocol) == ("FLAIR",) == brats.H5_MODALITIES

@@ -282,7 +282,8 @@ def prepared(folder, cases, recipe):
     store.write_card(folder, {
         "schema": 1, "name": "LA", "title": SPEC.title, "modality": SPEC.modality, "modalities": list(SPEC.modalities),
         "classes": list(SPEC.classes), "regions": {}, "citation": SPEC.citation, "source": "raw",
-        "spacing": list(SPEC.spacing), "spacing_known": True, "recipe": la.RECIPES[recipe].to_dict(),
+        "spacing": list(SPEC.spacing), "spacing_known": True,
+        "label_guided": la.RECIPES[recipe].label_guided, "recipe": la.RECIPES[recipe].to_dict(),
         "replay": la.RECIPES[recipe].to_dict(), "protocols": {},
     })
 
@@ -309,7 +310,8 @@ def test_prepared_cases_go_before_the_published_files(tmp_path, recipe):
 def test_the_published_files_say_where_they_come_from_and_how_a_new_scan_is_treated(tmp_path):
     fill(tmp_path)
     opened = SPEC.open(tmp_path, LITE)
-    assert opened.provenance() == {"recipe": "LA-published-1", "sha256": ""}
+    assert opened.provenance(CASES) == {
+        "recipe": "LA-published-1", "sha256": "", "label_guided": True, "spacing_known": True}
     assert opened.replay() == la.RECIPES["paper"].to_dict()
 
 

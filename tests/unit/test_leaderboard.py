@@ -270,6 +270,23 @@ def test_markdown_shows_measured_rows_only():
     assert leaderboard.markdown(leaderboard.rows([], [reported()])) == "No measured rows yet.\n"
 
 
+def test_own_data_that_changed_under_its_name_makes_another_row():
+    """Same recipe, same lists, other voxels: only the checksum of the cases tells."""
+    first, same, other = (make(0.8, seed=seed, data={"recipe": "mine-clean-1", "sha256": sha})
+                          for seed, sha in ((0, "ab" * 32), (1, "ab" * 32), (2, "cd" * 32)))
+    assert [row["data"] for row in leaderboard.rows([first, same])] == ["mine-clean-1"]
+    table = leaderboard.rows([first, same, other])
+    assert {(row["data"], row["n"]) for row in table} == {("mine-clean-1@abababab", "2"), ("mine-clean-1@cdcdcdcd", "1")}
+
+
+def test_voxels_of_unknown_size_have_no_mm():
+    known, unknown = (make(data={"recipe": "ACDC-published-1", "sha256": "", "spacing_known": told})
+                      for told in (True, False))
+    (shown,), (blank,) = leaderboard.rows([known]), leaderboard.rows([unknown])
+    assert shown["95HD_mm"] and shown["ASD_mm"] and shown["95HD"] == blank["95HD"]
+    assert blank["95HD_mm"] == blank["ASD_mm"] == ""
+
+
 README = "# Title\n<!-- leaderboard:begin -->\nold\n<!-- leaderboard:end -->\ntail\n"
 
 

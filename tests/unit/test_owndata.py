@@ -322,6 +322,9 @@ def test_data_without_any_usable_label_are_refused(tmp_path):
     ("id,image,label\na,b,c,d,e\n,,\n1,2,3,4,5,6,7\n", "not readable as a table"),
     ("", "not readable as a table"),
     ("id,label,Label,image\n", "columns id, label, Label, image, expected id"),
+    ("id,label,label\na,a.nii.gz,b.nii.gz\n", "columns id, label, label, expected id"),
+    ("id,image,label\na,a.nii.gz,b.nii.gz,\n", "not readable as a table (Expected 3 fields in line 2, saw 4)"),
+    (",,\n,,\n", "columns none, expected id"),
 ])
 def test_an_unfit_table_is_one_line(tmp_path, text, line):
     assert f"{table(tmp_path, text)}: {line}" in refused(tmp_path / "cases.csv")
@@ -334,8 +337,45 @@ def test_a_column_that_holds_no_paths_is_named(tmp_path):
 
 def test_a_file_in_other_letters_is_no_table(tmp_path):
     path = tmp_path / "cases.csv"
-    path.write_bytes("id,image,label\nä,b,c\n".encode("utf-16"))
-    assert "not readable as a table" in refused(path)
+    for letters in ("utf-16", "latin-1"):
+        path.write_bytes("id,image,label\nä,b,c\n".encode(letters))
+        assert "not readable as a table (it is not in UTF-8), expected a CSV file in UTF-8 with" in refused(path)
+
+
+def test_empty_rows_and_columns_of_a_spreadsheet_do_not_count(tmp_path):
+    path = archive.build(tmp_path, IDS[:2], "csv")
+    path.write_text("".join(f"{line},,\n" for line in path.read_text().splitlines()) + ",,,,\n")
+    data = found(path)
+    assert data.modalities == ("MRI",) and [case.id for case in data.cases] == IDS[:2]
+
+
+def test_a_table_without_labels_is_refused(tmp_path):
+    path = archive.build(tmp_path, [], "csv", unlabeled=IDS[:2])
+    assert refused(path) == f"{path}: nothing with a label can be used (no case has one), expected scans with labels"
+
+
+def test_a_table_with_a_scan_for_a_label_names_it(tmp_path):
+    path = archive.build(tmp_path, IDS[:2], "csv")
+    mask = tmp_path / "masks" / f"{IDS[0]}.nii.gz"
+    nib.save(nib.Nifti1Image(np.arange(40 * 36 * 24, dtype=np.int16).reshape(40, 36, 24) % 1000, np.eye(4)), mask)
+    assert refused(path) == f"{mask}: 1000 label values, expected at most 256 in all labels of {path}"
+
+
+def test_an_image_in_the_column_of_labels_adds_no_classes(tmp_path):
+    path = archive.build(tmp_path, IDS[:3], "csv")
+    path.write_text(path.read_text().replace(f"masks/{IDS[1]}.nii.gz", f"scans/{IDS[2]}_0000.nii.gz"))
+    line = f"{path}: case '{IDS[1]}' has the image scans/{IDS[2]}_0000.nii.gz as its label, expected a label"
+    assert problems(path) == {IDS[1]: line} and found(path).classes == ("background", "label 1", "label 2")
+
+
+def test_a_damaged_header_is_no_noise(tmp_path, capfd):
+    root = archive.build(tmp_path, IDS[:3], ending=".nii")
+    scan = root / "imagesTr" / f"{IDS[0]}_0000.nii"
+    content = bytearray(scan.read_bytes())
+    content[70:72] = (9999).to_bytes(2, "little")  # the type of the voxels
+    scan.write_bytes(content)
+    assert len(found(root).cases) == 3
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("column, line", [
@@ -347,12 +387,13 @@ def test_a_patient_is_in_one_group_and_one_fold(tmp_path, column, line):
     assert line in refused(archive.build(tmp_path, IDS[:2], "csv", columns=columns))
 
 
-def test_labels_below_zero_are_refused(tmp_path):
+def test_a_label_below_zero_spoils_its_own_case(tmp_path):
     path = archive.build(tmp_path, IDS[:2], "csv")
     mask = tmp_path / "masks" / f"{IDS[0]}.nii.gz"
     scan = nib.load(mask)
     nib.save(nib.Nifti1Image(np.asarray(scan.dataobj).astype(np.int16) - 1, scan.affine), mask)
-    assert "labels have the value -1, expected 0 for the background and no smaller one" in refused(path)
+    assert found(path).classes == ("background", "label 1", "label 2")
+    assert problems(path) == {IDS[0]: f"{mask}: label has the value -1, expected 0 or 1 or 2"}
 
 
 def test_a_label_of_fractions_adds_no_classes(tmp_path):

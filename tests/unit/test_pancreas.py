@@ -316,7 +316,7 @@ def test_recipes_survive_the_way_through_a_card():
         assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
-@pytest.mark.parametrize("name", ["image0007_norm.h5", "0007.h5", "PANCREAS_0007_norm.h5", "pancreas_007.h5"])
+@pytest.mark.parametrize("name", ["image0007_norm.h5", "PANCREAS_0007_norm.h5", "pancreas_007.h5"])
 def test_the_h5_files_of_the_field_are_imported(tmp_path, name):
     image, label = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32), np.zeros((6, 5, 4), np.float32)
     label[2:4, 1:3] = 1
@@ -330,12 +330,20 @@ def test_the_h5_files_of_the_field_are_imported(tmp_path, name):
 
 
 def test_an_h5_case_that_is_there_twice_is_told_with_both_places(tmp_path):
-    for name in ("0007.h5", "image0007_norm.h5", "image0025_norm.h5"):
+    for name in ("PANCREAS_0007.h5", "image0007_norm.h5", "image0025_norm.h5"):
         (tmp_path / name).write_bytes(b"")
     twice, withdrawn = pancreas.h5_cases(tmp_path)
-    first, second = tmp_path / "0007.h5", tmp_path / "image0007_norm.h5"
+    first, second = tmp_path / "PANCREAS_0007.h5", tmp_path / "image0007_norm.h5"
     assert twice.problem == f"{second}: {CASE} again, expected it in {first} only"
     assert "PANCREAS_0002" in withdrawn.note and not withdrawn.problem
+
+
+def test_the_files_of_coranet_are_other_data(tmp_path):
+    for name in ("image0007_norm.h5", "0008.h5"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        pancreas.h5_cases(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / '0008.h5'}: a file of CoraNet") and "\n" not in str(error.value)
 
 
 # protocols

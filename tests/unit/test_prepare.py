@@ -140,7 +140,7 @@ def test_folds_card_and_store_of_own_data(first):
     spec = store.spec_of(folder)
     cases = spec.open(None, spec.protocols["cv5"])
     cases.check(["c0", "c3"])
-    assert cases.image("c0").shape == (1, *SHAPE) and cases.provenance()["recipe"] == "fake-clean-1"
+    assert cases.image("c0").shape == (1, *SHAPE) and cases.provenance(["c0"])["recipe"] == "fake-clean-1"
 
 
 def test_a_second_call_makes_only_what_is_gone_damaged_or_of_other_inputs(again, first, capsys):
@@ -253,6 +253,9 @@ def test_the_same_scan_twice_is_bad_in_own_data_and_told_of_an_archive(tmp_path,
     [line] = prepare.prepare(own, tmp_path / "own", tmp_path / "raw")
     assert line == f"{ids[2]}: the same scan as {ids[0]}, expected every scan once"
     assert list(manifest(tmp_path / "own")["cases"]) == sorted(made(tmp_path / "own")) == ids[:2]
+    unlabeled = replace(own, cases=(replace(own.cases[0], label=None), *own.cases[1:]))
+    [line] = prepare.prepare(unlabeled, tmp_path / "own", tmp_path / "raw")
+    assert line == f"{ids[0]}: the same scan as {ids[2]}, expected every scan once"
     capsys.readouterr()
 
     recipe = replace(RECIPE, dataset="LA", name="paper")
@@ -398,8 +401,21 @@ def test_published_files_are_taken_as_they_are(tmp_path, capsys):
     assert "98 of them are not here" in capsys.readouterr().err
 
 
+def test_published_files_and_their_data_set_may_share_a_folder(tmp_path):
+    from archives import brats
+
+    raw = brats.build_h5(tmp_path, ["BraTS19_CBICA_AAB_1", "BraTS19_CBICA_AAG_1"])
+    command = ["BraTS", "--from-h5", str(raw), "--out", str(raw), "--workers", "1"]
+    assert prepare.main(command) == 0
+    before = contents(tmp_path)
+    assert prepare.main(command) == 0 and contents(tmp_path) == before
+
+
 def refused(capsys, *command):
-    assert prepare.main(list(map(str, command))) == 2
+    try:
+        assert prepare.main(list(map(str, command))) == 2
+    except SystemExit as stop:  # argparse
+        assert stop.code == 2
     told = capsys.readouterr().err
     assert told.startswith("prepare: error: ") and told.count("\n") == 1
     return told.removeprefix("prepare: error: ").rstrip("\n")
@@ -422,6 +438,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, first):
     for name in ("phantom", "../x", ".x", "a b"):
         assert refused(capsys, name, "--raw", raw).startswith(f"data set '{name}', expected a name")
     assert str(empty) in refused(capsys, "mine", "--raw", empty)
+    assert "'0', expected a number from 1" in refused(capsys, "mine", "--raw", raw, "--workers", 0)
 
     file = tmp_path / "file"
     file.write_text("")
@@ -432,6 +449,19 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, first):
     assert refused(capsys, "mine", "--raw", raw, "--out", tmp_path / "out") == (
         f"{foreign}: holds thesis.tex, expected nothing or a prepared data set")
     assert os.listdir(foreign) == ["thesis.tex"]
+
+
+def test_a_folder_without_permission_is_one_line(tmp_path, capsys, monkeypatch):
+    raw, iterdir = own_folder(tmp_path / "raw", 1), Path.iterdir
+
+    def locked(folder):
+        if folder == raw / "imagesTr":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    assert refused(capsys, "mine", "--raw", raw, "--out", tmp_path / "out") == (
+        f"{raw / 'imagesTr'}: Permission denied, expected access to it")
 
 
 def test_a_store_of_others_and_a_damaged_one_stay_as_they_are(again):

@@ -86,12 +86,13 @@ def test_a_preset_does_not_repeat_the_protocol(method, dataset):
     ("--method bcp --dataset LA --protocol lite", {"iterations": 3000, "labeled_batch": 4, "unlabeled_batch": 4}),
     ("--method mcf --dataset la", {"iterations": 6000, "augmentation": []}),
     ("--method mean_teacher --dataset ACDC --protocol slices", {
-        "iterations": 30000, "labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly", "patch": [256, 256]}),
+        "iterations": 30000, "labeled_batch": 12, "unlabeled_batch": 12, "schedule": "poly", "patch": [256, 256],
+        "network": "unet"}),
     ("--method bcp --dataset ACDC --protocol slices", {
         "iterations": 40000, "labeled_batch": 12, "unlabeled_batch": 12, "schedule": "constant"}),
     ("--method cps --dataset ACDC", {"iterations": 30000, "labeled_batch": 2, "schedule": "poly"}),
-    ("--method cps --dataset BraTS", {"iterations": 30000, "learning_rate": 0.01, "schedule": "poly"}),
-    ("--method urpc --dataset BraTS", {"iterations": 30000, "learning_rate": 0.1, "schedule": "poly"}),
+    ("--method cps --dataset BraTS", {
+        "iterations": 30000, "learning_rate": 0.1, "schedule": "poly", "network": "unet"}),
     ("--method dtc --dataset Pancreas", {"iterations": 6000, "augmentation": []}),
     ("--method corrmatch --dataset Pancreas", {"iterations": 15000, "augmentation": [], "schedule": "poly"}),
     ("--method mcf --dataset LA --protocol lite", {"iterations": 3000, "augmentation": []}),

@@ -1,5 +1,6 @@
 """Raw cases: files put together, label values to classes, and every refusal in one line that names the file."""
 
+import os
 import pickle
 
 import h5py
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from data_prep.raw import H5Case, RawCase, wrong_folder
+from data_prep.raw import H5Case, RawCase, below, wrong_folder
 from data_prep.spec import DataError
 
 SHAPE = (6, 5, 4)
@@ -256,6 +257,36 @@ def test_a_problem_of_an_h5_case_is_what_reading_says(tmp_path):
 # folders
 
 
+def test_folders_are_gone_through_in_order_with_their_links_and_each_once(tmp_path):
+    for name in ("b/x.nii", "a/z.nii", "a/y.nii", "a/._y.nii", ".git/y.nii", "__MACOSX/a/y.nii", "a/DATA/manifest.json",
+                 "a/DATA/cases/y.h5", "a/cases/y.h5", "a/manifests/manifest.json"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).touch()
+    (tmp_path / "other" / "disk").mkdir(parents=True)
+    (tmp_path / "other" / "disk" / "labels.nii").touch()
+    (tmp_path / "raw" / "c").symlink_to(tmp_path / "other")
+    (tmp_path / "raw" / "b" / "round").symlink_to(tmp_path / "raw")
+    (tmp_path / "raw" / "b" / "lost").symlink_to(tmp_path / "gone")
+    found = [(folder.relative_to(tmp_path / "raw").as_posix(), names) for folder, names in below(tmp_path / "raw")]
+    assert found == [(".", []), ("a", ["y.nii", "z.nii"]), ("a/cases", ["y.h5"]), ("a/manifests", ["manifest.json"]),
+                     ("b", ["lost", "x.nii"]), ("c", []), ("c/disk", ["labels.nii"])]
+    assert list(below(tmp_path / "gone")) == []
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "raw" / "a").mkdir(parents=True)
+    scandir = os.scandir
+
+    def locked(place):
+        if str(place).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DataError, match="a: cannot be read .Permission denied., expected a folder of the archive"):
+        list(below(tmp_path / "raw"))
+
+
 def test_a_folder_that_is_not_the_archive(tmp_path):
     def line(place):
         return str(wrong_folder(place, "the archive"))
@@ -267,3 +298,5 @@ def test_a_folder_that_is_not_the_archive(tmp_path):
     (tmp_path / "f").mkdir()
     assert line(tmp_path) == f"{tmp_path}: found a, b, c, d and 2 more, expected the archive"
     assert line(tmp_path / "a") == f"{tmp_path / 'a'}: not a folder, expected the archive"
+    (tmp_path / "f" / "LA.zip").write_text("")
+    assert line(tmp_path / "f") == f"{tmp_path / 'f'}: found LA.zip, expected the archive (unpack what is packed first)"

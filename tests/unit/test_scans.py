@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import locale
 import os
 import struct
 from pathlib import Path
@@ -92,6 +93,7 @@ def dicom(folder, voxels, affine, order=None, series="1.2.3", skip=(), change=No
     row, column = (lps[:3, :2] / spacing[:2]).T
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    words = locale.setlocale(locale.LC_ALL)
     for k in range(voxels.shape[2]):
         if k in skip:
             continue
@@ -108,6 +110,7 @@ def dicom(folder, voxels, affine, order=None, series="1.2.3", skip=(), change=No
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}-{number:03}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, words)  # the writer leaves the C locale, in which later tests would read ASCII only
     return folder
 
 

@@ -25,7 +25,8 @@ FULL = Protocol("full", "all classes", "cv5", (4, 4, 4), (2, 2, 2), 10, (1, 2))
 CARD = {
     "schema": 1, "name": "Tumors", "title": "Tumors of nobody", "modality": "MRI", "modalities": ["t1", "t2", "flair"],
     "classes": list(CLASSES), "regions": {"whole": [1, 2, 3], "inner": [2, 3]}, "citation": "none", "source": "raw",
-    "spacing": [1.0, 2.0, 3.0], "spacing_known": True, "recipe": PAPER.to_dict(), "replay": PAPER.to_dict(),
+    "spacing": [1.0, 2.0, 3.0], "spacing_known": True, "label_guided": False, "recipe": PAPER.to_dict(),
+    "replay": PAPER.to_dict(),
     "protocols": {"full": asdict(FULL)},
 }
 # oblique, axes permuted and flipped: no rounding may creep in
@@ -250,8 +251,12 @@ def test_the_card_is_read_as_written(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"schema": 2}, "schema is 2, expected 1"),
     ({"classes": "all"}, "classes is 'all'"),
-    ({"classes": [1]}, "not names"),
-    ({"regions": {"whole": [4]}}, "lists of classes"),
+    ({"name": "my scans"}, "name is 'my scans'"),
+    ({"classes": [1]}, "classes is [1], expected names"),
+    ({"classes": ["background"], "regions": {}}, "classes is ['background'], expected names, at least 2"),
+    ({"modalities": []}, "modalities is [], expected names, at least 1"),
+    ({"regions": {"whole": [4]}}, "region whole is [4], expected a list of classes, 0 to 3"),
+    ({"regions": {"whole": 1}}, "region whole is 1"),
     ({"spacing": [1, 0, 1]}, "spacing is [1, 0, 1]"),
     ({"spacing": [1, 1]}, "spacing is [1, 1]"),
     ({"recipe": {"name": "paper"}}, "recipe"),
@@ -286,9 +291,13 @@ def test_own_data_is_described_by_its_card(tmp_path):
     assert spec.protocols == {"full": FULL} and spec.splits == folder / "splits" and str(folder) in spec.how_to_get
     for root in (None, tmp_path / "elsewhere"):
         assert spec.open(root, spec.protocols["full"]).image("a").shape == (3, *case().geometry.stored)
-    for entry, message in (({"patch": [1]}, "missing"), (asdict(FULL) | {"pitch": 1}, "pitch"), (None, "protocol odd")):
+    for entry, message in (({"patch": [1]}, "missing"), (asdict(FULL) | {"pitch": 1}, "pitch"), (None, "protocol odd"),
+                           (asdict(FULL) | {"patch": ["4"]}, "patch is"), (asdict(FULL) | {"labeled": []}, "labeled"),
+                           (asdict(FULL) | {"iterations": "many"}, "iterations is 'many'")):
         store.write_card(folder, CARD | {"protocols": {"odd": entry}})
         line(lambda: store.spec_of(folder), folder / "dataset.json", "protocol odd", message)
+    store.write_card(folder, CARD | {"protocols": {}})
+    line(lambda: store.spec_of(folder), folder / "dataset.json", "no protocol, expected one")
 
 
 # the store
@@ -421,7 +430,7 @@ def test_labels_are_read_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "read_array", lambda *_, **__: pytest.fail("a checksum was gone through"))
     cases = opened(make(tmp_path))
     cases.check(["a", "b"])
-    cases.image("a"), cases.spacing("a"), cases.provenance()
+    cases.image("a"), cases.spacing("a"), cases.provenance(["a"])
 
 
 def test_a_case_without_label_has_an_image(tmp_path):
@@ -504,29 +513,34 @@ def test_published_files_go_with_the_recipe_that_new_scans_go_through(tmp_path):
     cases = opened(folder)
     cases.check(["a", "b"])
     assert np.array_equal(cases.image("a"), case().image)
-    assert cases.replay() == PAPER.to_dict() and cases.provenance()["recipe"] == "Tumors-published-1"
+    assert cases.replay() == PAPER.to_dict() and cases.provenance(["a"])["recipe"] == "Tumors-published-1"
 
 
 def test_provenance_follows_the_cases_and_not_their_order(tmp_path):
     one, two, other = make(tmp_path / "1"), make(tmp_path / "2"), make(tmp_path / "3", cases=("b", "a"))
-    found = opened(one).provenance()
+    found = opened(one).provenance(["a", "b"])
     assert found["recipe"] == "Tumors-paper-3" and len(found["sha256"]) == 64
+    assert (found["label_guided"], found["spacing_known"]) == (False, True)
+    sums = json.loads((one / "manifest.json").read_text())["cases"]
+    listed = "".join(f"{case} {sums[case]['output']['sha256']}\n" for case in "ab")
+    assert found["sha256"] == hashlib.sha256(listed.encode()).hexdigest()
+    assert opened(one).provenance(["a"])["sha256"] != found["sha256"]
     manifest = json.loads((two / "manifest.json").read_text())
     manifest["cases"] = dict(reversed(manifest["cases"].items()))
     store.write_json(two / "manifest.json", manifest)
-    assert opened(two).provenance() == found
-    assert opened(other).provenance()["sha256"] != found["sha256"]
+    assert opened(two).provenance(["b", "a"]) == found
+    assert opened(other).provenance(["a", "b"])["sha256"] != found["sha256"]
 
 
 def test_a_missing_or_broken_manifest_is_one_line(tmp_path):
     cases = opened(make(tmp_path))
     path = tmp_path / "manifest.json"
-    for text, message in (("{", "damaged"), ("[]", "a JSON list"), ('{"cases": 3}', "no checksums"),
-                          ('{"cases": {"a": {}}}', "no checksums")):
+    for text, message in (("{", "damaged"), ("[]", "a JSON list"), ('{"cases": 3}', "no checksum"),
+                          ('{"cases": {"a": {}}}', "no checksum"), ('{"cases": {}}', "no checksum of a case ('a')")):
         path.write_text(text)
-        line(cases.provenance, path, message)
+        line(lambda: cases.provenance(["a"]), path, message)
     path.unlink()
-    line(cases.provenance, path, "no such file")
+    line(lambda: cases.provenance(["a"]), path, "no such file")
 
 
 # finding a store
