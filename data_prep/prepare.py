@@ -619,8 +619,7 @@ def _finish(
     found |= {
         "groups": {group: groups.count(group) for group in sorted(set(groups))},
         "notes": [*(case.note for case in archive.cases if case.id in done and case.note), *missing, *trouble,
-                  *(f"{case}: the box of the recipe leaves out {prepared.entry['left_out']} labeled voxels of the scan"
-                    for case, prepared in done.items() if prepared.entry["left_out"])],
+                  *_cut({case: prepared.entry["left_out"] for case, prepared in done.items()})],
         "bad": {case: line.replace(f"{root}{os.sep}", "") for case, line in ledger.bad_in_order().items()},
         "by_case": facts,
     }
@@ -641,6 +640,14 @@ def _finish(
         "protocols": {name: asdict(protocol) for name, protocol in protocols.items()} if _is_own(archive) else {},
     })
     return summary.remarks(found)
+
+
+def _cut(left_out: Mapping[str, int]) -> list[str]:
+    """A line on labeled voxels that are not in the boxes of the stored cases, if there are any."""
+    worst = max(left_out, key=left_out.get)
+    count = sum(number > 0 for number in left_out.values())
+    return [f"the box of the recipe leaves out labeled voxels of {count} of {len(left_out)} cases, most of them "
+            f"{left_out[worst]} voxels of {worst}"] if count else []
 
 
 def _folds_of(archive: "Archive", ids: Sequence[str]) -> tuple[list[Fold], int, list[str]]:

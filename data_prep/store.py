@@ -207,13 +207,25 @@ class CaseStore:
                 pass
 
     def provenance(self, cases: Sequence[str]) -> dict[str, Any]:
-        """As in `spec.Store`; "sha256" is over sorted ids and their checksums in manifest.json. Raises DataError."""
+        """As in `spec.Store`; "sha256" is over sorted ids and their checksums in manifest.json.
+
+        Raises DataError, also for a case whose own checksum is another, as after a preparation that was killed.
+        """
         path = self.folder / MANIFEST
         manifest = _read_json(path, "the manifest of a prepared data set")
-        try:
-            lines = [f"{case} {manifest['cases'][case]['output']['sha256']}" for case in sorted(cases)]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: no checksum of a case ({error}), expected cases: id: output: sha256") from None
+        lines = []
+        for case in sorted(cases):
+            try:
+                stated = manifest["cases"][case]["output"]["sha256"]
+            except (KeyError, TypeError) as error:
+                raise DataError(f"{path}: no checksum of a case ({error}), expected cases: id: output: sha256") \
+                    from None
+            with self._open(case) as file:
+                found = _attribute(file, self.path(case), "sha256")
+            if found != stated:
+                raise DataError(f"{self.path(case)}: content {found:.8}, expected {stated!s:.8} as {MANIFEST} says: "
+                                "prepare the data set again")
+            lines.append(f"{case} {stated}")
         return {"recipe": self.recipe.id, "sha256": ids_sha256(lines), "label_guided": self.card["label_guided"],
                 "spacing_known": self.card["spacing_known"]}
 

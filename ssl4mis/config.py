@@ -133,7 +133,8 @@ class Parser(ArgumentParser):
     def error(self, message, ex=None):
         text = re.sub(WRONG_VALUE, expected, " ".join(str(message).split()))
         known = [o.lstrip("-") for action in self._actions for o in action.option_strings]
-        for wrong in re.findall(r"--([\w.]+)|(?:[Kk]ey|[Oo]ption) '([\w.-]+)'", text):
+        own = isinstance(message, Exception)  # a line of ours, which may name options of other commands
+        for wrong in () if own else re.findall(r"--([\w.]+)|(?:[Kk]ey|[Oo]ption) '([\w.-]+)'", text):
             name = wrong[0] or wrong[1]
             if name not in known:
                 text = registry.nearest("option", name, known)

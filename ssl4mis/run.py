@@ -107,7 +107,7 @@ def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
     """Write the settings and the description of the data into a run's folder; UserError where it holds other data."""
     kept = folder / "data.json"
     if kept.exists():
-        same_data(kept, {"data": read_json(kept), "spec": spec.stated}, data)
+        same_data(folder, {"data": read_json(kept), "spec": spec.stated}, data)  # its checkpoints are of them, too
     records.write_text(folder / "config.json", json.dumps(spec.stated, indent=1) + "\n")
     records.write_text(kept, json.dumps(data, indent=1) + "\n")
 

@@ -495,6 +495,13 @@ def test_a_bad_case_is_refused(tmp_path, what, message, factor):
         line(lambda: cases.check(["a", "b"]), path, message)
 
 
+def test_a_case_other_than_that_of_the_manifest_is_refused(tmp_path):
+    cases = opened(make(tmp_path))
+    store.write_stored(cases.path("a"), case(seed=5), PAPER.id, CARD["modalities"])
+    assert cases.provenance(["b"])["recipe"] == PAPER.id
+    line(lambda: cases.provenance(["a", "b"]), cases.path("a"), "content", "as manifest.json says: prepare")
+
+
 def test_a_case_with_other_channels_than_the_card_is_refused(tmp_path):
     folder = make(tmp_path)
     store.write_stored(folder / "cases" / "a.h5", case(channels=2), PAPER.id, ["t1", "t2"])
