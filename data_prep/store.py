@@ -297,7 +297,7 @@ def data_folder(name: str, root: Path | None, how_to_get: str) -> Path:
     """The given folder or that of SSL4MIS_DATA. Raises DataError where there is none."""
     place = root or os.environ.get("SSL4MIS_DATA")
     if not place:
-        raise DataError(f"{name}: no data folder is given: {how_to_get}")
+        raise DataError(f"{name}: no data folder is given (--data-root DIR or SSL4MIS_DATA=DIR): {how_to_get}")
     folder = Path(place).expanduser()
     if not folder.is_dir():
         raise DataError(f"{name}: {folder} is not a folder: {how_to_get}")
@@ -316,7 +316,8 @@ def spec_of(folder: Path | str) -> DatasetSpec:
             raise DataError(f"{folder / CARD}: protocol {name} is none ({error}), "
                             "expected the entries of data_prep.spec.Protocol") from None
     if not protocols:
-        raise DataError(f"{folder / CARD}: no protocol, expected one to train by")
+        raise DataError(f"{folder / CARD}: no protocol to train by, expected one, which takes folds and so labels of at "
+                        "least two patients")
     return DatasetSpec(
         name=card["name"],
         title=card["title"],

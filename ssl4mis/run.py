@@ -106,8 +106,8 @@ def describe_data(dataset, protocol, store) -> dict:
 def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
     """Write the settings and the description of the data into a run's folder; UserError where it holds other data."""
     kept = folder / "data.json"
-    if kept.exists():
-        same_data(folder, {"data": read_json(kept), "spec": spec.stated}, data)  # its checkpoints are of them, too
+    if kept.exists() or any(folder.glob("*.ckpt")):  # checkpoints are of these data, too
+        same_data(folder, {"spec": spec.stated} | ({"data": read_json(kept)} if kept.exists() else {}), data)
     records.write_text(folder / "config.json", json.dumps(spec.stated, indent=1) + "\n")
     records.write_text(kept, json.dumps(data, indent=1) + "\n")
 

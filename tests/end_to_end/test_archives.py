@@ -355,6 +355,8 @@ def test_a_run_on_other_data_is_refused(own, tmp_path):
         assert (run / "latest.ckpt").read_bytes() == before
         if place == result:
             result.unlink()
+    (run / "data.json").unlink()  # nothing tells what the checkpoint was made of
+    assert f"{run}: made of other data, recipe none, expected mine-clean-1" in refused(tmp_path, *words)
     assert not result.exists()
 
     shutil.rmtree(run)

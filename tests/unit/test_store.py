@@ -297,7 +297,7 @@ def test_own_data_is_described_by_its_card(tmp_path):
         store.write_card(folder, CARD | {"protocols": {"odd": entry}})
         line(lambda: store.spec_of(folder), folder / "dataset.json", "protocol odd", message)
     store.write_card(folder, CARD | {"protocols": {}})
-    line(lambda: store.spec_of(folder), folder / "dataset.json", "no protocol, expected one")
+    line(lambda: store.spec_of(folder), folder / "dataset.json", "no protocol to train by, expected one")
 
 
 # the store
