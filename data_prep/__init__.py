@@ -41,15 +41,15 @@ def dataset(name: str) -> DatasetSpec:
 def locate(text: str, root: Path | str | None = None) -> tuple[DatasetSpec, Path | None]:
     """A data set by name or by the folder of its store, and the folder to look for its cases in.
 
-    Own data is found by its name under `root` or the folder that SSL4MIS_DATA names. Raises DataError.
+    Own data is found by its name under `root`, else the folder that SSL4MIS_DATA names, else `data`. Raises DataError.
     """
     if text.lower() in _LOWER:
         return dataset(text), Path(root) if root else None
     from data_prep import store
 
     place = Path(text).expanduser()
-    folder, below = None, root or os.environ.get("SSL4MIS_DATA")
-    if below and place.name == text:  # before a folder of that name that happens to be here, such as the raw scans
+    folder, below = None, root or os.environ.get("SSL4MIS_DATA") or store.DEFAULT
+    if place.name == text:  # before a folder of that name that happens to be here, such as the raw scans
         folder = store.find(Path(below).expanduser(), text, "clean")
     if folder is None and place.is_dir():
         folder = store.folder_of(place)

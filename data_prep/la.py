@@ -149,6 +149,8 @@ def _open(root: Path | None, protocol: Protocol) -> Store:
     prepared = find(folder, "LA", protocol.recipe)
     if prepared:
         return CaseStore(prepared, SPEC, protocol)
+    if protocol.recipe not in RECIPES:
+        raise DataError(f"LA: recipe {protocol.recipe!r} is unknown, expected {' or '.join(RECIPES)}")
     if protocol.recipe != "paper":
         raise DataError(f"LA: nothing is prepared with recipe {protocol.recipe} under {folder}, expected what "
                         f"`{PREPARE} --recipe {protocol.recipe}` writes")

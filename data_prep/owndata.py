@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.make_splits import FOLDS, Fold, cv5, mixed
+from data_prep.parallel import hushed
 from data_prep.raw import Archive, RawCase, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.scans import ITK, LPS, MM, NIFTI, read_scan, spacing_of
@@ -60,6 +61,8 @@ def archive(name: str, root: Path) -> Archive:
         found = _folder(root)
     elif len(tables) == 1:
         found = _table(tables[0])
+    elif root.suffix.lower() == ".csv" and not root.exists():
+        raise DataError(f"{root}: no such file, expected {LAYOUTS}")
     else:
         raise wrong_folder(root, LAYOUTS)
     usable = [case for case in found.cases if not case.problem]
@@ -67,7 +70,9 @@ def archive(name: str, root: Path) -> Archive:
         why = next((case.problem for case in found.cases if case.problem), "no case has one")
         raise DataError(f"{root}: nothing with a label can be used ({why}), expected scans with labels")
     classes = {value: number for number, value in enumerate(sorted(found.names))}
-    recipe = _recipe(name, found.modalities, _usual_spacing(usable))
+    with hushed():
+        spacing = _usual_spacing(usable)
+    recipe = _recipe(name, found.modalities, spacing)
     return Archive(
         name=name,
         title=found.title or name,
@@ -386,8 +391,8 @@ def _checked(path: Path, cases: Sequence[RawCase]) -> list[RawCase]:
         problem = case.problem
         if counts[case.id] > 1:
             problem = f"{path}: case {case.id} is listed {counts[case.id]} times, expected every id once"
-        elif not re.fullmatch(r"[^/\\.][^/\\]*", case.id):
-            problem = f"{path}: case {case.id!r} cannot name a file, expected an id without slashes"
+        elif not re.fullmatch(r"[^/\\.][^/\\]*", case.id) or not case.id.isprintable():
+            problem = f"{path}: case {case.id!r} cannot name a file, expected an id in UTF-8 without slashes"
         kept.setdefault(case.id, replace(case, problem=problem))
     return list(kept.values())
 
@@ -501,7 +506,7 @@ def _folds_of(
 def _names(path: Path, cases: Sequence[RawCase]) -> dict[int, str]:
     """Classes as the labels have them, since a table does not tell: every whole number in any of them."""
     labels = [case.label for case in cases if case.label and not case.problem]
-    with ThreadPoolExecutor(2) as pool:  # each holds a whole label
+    with hushed(), ThreadPoolExecutor(2) as pool:  # each holds a whole label
         found = dict(zip(labels, pool.map(_values, labels), strict=True))
     values = sorted(set().union(*found.values()))
     if len(values) > 256:
@@ -543,13 +548,11 @@ def _spacing(path: Path) -> tuple[float, ...]:
     """Of one scan along x, y and z, from the header alone; a series of slices has none and is read."""
     import nibabel as nib
     import SimpleITK as sitk
-    from nibabel.imageglobals import LoggingOutputSuppressor
 
     suffix = next((end for end in ENDINGS if path.name.lower().endswith(end)), "")
     try:
         if suffix in NIFTI:
-            with LoggingOutputSuppressor():  # what matters of it becomes an error with a line of its own
-                header = nib.load(path)
+            header = nib.load(path)
             affine = np.array(header.affine) * MM.get(int(header.header["xyzt_units"]) % 8, 1.0)
         elif suffix:
             reader = sitk.ImageFileReader()

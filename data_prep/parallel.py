@@ -101,6 +101,20 @@ def results(function: Callable[[Any], Any], items: Sequence[Any], workers: int) 
             process.join()
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing on stderr, of the whole process: what C++ code prints besides its errors does not ask Python."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
 def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
     """A worker: one item after the other until there are no more, or nobody is there to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

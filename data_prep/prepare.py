@@ -103,17 +103,19 @@ def prepare(
     dtype: str = "float32",
     compression: str | None = None,
     progress: parallel.Progress | None = None,
+    replace_others: bool = False,
 ) -> list[str]:
     """Write all cases of an archive to a folder, with manifest, folds, summary and card; one line per bad case.
 
     `root` is the folder that the input files are named from. What is there already, from the same files by the same
-    recipe and unchanged, is kept. Raises DataError where the folder holds something else or cannot be written.
+    recipe and unchanged, is kept. Raises DataError where the folder holds something else or cannot be written, and,
+    without `replace_others`, where it holds cases of another source or cases that are not in this archive.
     """
     progress = progress or parallel.Progress(archive.name, len(archive.cases))
     missing = [] if _is_own(archive) else _missing(archive)
     _claim(folder)
     with _alone(folder):
-        ledger = _Ledger(archive, folder, dtype, compression)
+        ledger = _Ledger(archive, folder, dtype, compression, replace_others)
         jobs = _jobs(ledger, root, dtype, compression)
         try:
             _process(jobs, workers, ledger, progress)
@@ -127,6 +129,7 @@ def prepare(
             kept = sum(case.kept for case in ledger.done.values())
             found = f"{len(ledger.done)} of {len(archive.cases)} cases are in {folder}"
             progress.say(f"{archive.name}: {found}" + (f", {kept} as before" if kept else ""))
+            progress.say(f"{archive.name}: look at contact_sheet.png there, then train with --dataset {folder}")
         else:
             ledger.leave()
     return list(ledger.bad_in_order().values())
@@ -137,7 +140,10 @@ def find_archive(name: str, raw: Path | None, from_h5: Path | None, recipe: str 
 
     Raises DataError for an unknown name or recipe and for a folder that is not that archive.
     """
+    from data_prep.raw import check_name
+
     place = (raw or from_h5).expanduser()
+    check_name(place)
     built_in = {known.lower(): known for known in data_prep.names() if not known.startswith("phantom")}
     if name.lower() in built_in:
         if not place.is_dir():
@@ -170,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = archive.replay if archive.source == "h5" else archive.recipe
         folder = args.out.expanduser() / archive.name / kind.name
         with parallel.Progress(archive.name, len(archive.cases)) as progress:
-            bad = prepare(archive, folder, root, args.workers, args.dtype, args.compress, progress)
+            bad = prepare(archive, folder, root, args.workers, args.dtype, args.compress, progress, args.replace)
     except DataError as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
@@ -209,6 +215,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=_count, metavar="N", default=min(_cores(), MOST_WORKERS),
                         help="cases at a time; each takes memory (default: one per core, at most %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored images")
+    parser.add_argument("--replace", action="store_true", help="remove prepared cases that are not in this archive")
     parser.add_argument("--compress", choices=("lzf",), help="smaller files, slower crops (default: none)")
     return parser.parse_args(argv)
 
@@ -310,8 +317,10 @@ def _alone(folder: Path) -> Iterator[None]:
 class _Ledger:
     """What is in the folder and what became of the cases; only files that the manifest names are ever removed."""
 
-    def __init__(self, archive: "Archive", folder: Path, dtype: str, compression: str | None) -> None:
-        """Raises DataError for a damaged manifest, one of another data set and where none can be written."""
+    def __init__(
+        self, archive: "Archive", folder: Path, dtype: str, compression: str | None, replace_others: bool
+    ) -> None:
+        """Raises DataError for a damaged manifest, one of other cases and where none can be written."""
         self.archive, self.folder = archive, folder
         self.done: dict[str, Prepared] = {}
         self.bad: dict[str, str] = {}
@@ -320,11 +329,25 @@ class _Ledger:
                      "recipe": archive.recipe.to_dict(), "dtype": dtype, "compression": compression}
         before = self._read()
         self.entries: dict[str, Mapping[str, Any]] = before.pop("cases")
+        others = sorted(set(self.entries) - {case.id for case in archive.cases})
+        if not replace_others:
+            self._refuse_others(before.get("source"), others)
         if before != self.head:
             _remove(folder, CARD)  # until all cases are of one kind, there is no data set to open
-        for case in set(self.entries) - {case.id for case in archive.cases}:
+        for case in others:
             self.drop(case)
         self.save()
+
+    def _refuse_others(self, source: str | None, others: Sequence[str]) -> None:
+        """Raises DataError where cases would be lost that this archive does not have, or not in this form."""
+        options = {"h5": "--from-h5", "raw": "--raw"}
+        if self.entries and source != self.archive.source:
+            raise DataError(f"{self.folder}: holds {len(self.entries)} cases made with {options.get(source, source)}, "
+                            f"expected another --out for {options[self.archive.source]}, or --replace")
+        if others:
+            raise DataError(f"{self.folder}: holds {len(self.entries)} cases, {len(others)} of them are not in this "
+                            f"archive, the first is {others[0]}; expected all of them, another --out, or --replace to "
+                            "remove them")
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
@@ -404,7 +427,7 @@ def _file(case: str) -> str:
 
 
 def _is_plain(case: str) -> bool:
-    return bool(case) and not case.startswith(".") and not re.search(r"[/\\\0\n]", case)
+    return bool(case) and case.isprintable() and not case.startswith(".") and not re.search(r"[/\\]", case)
 
 
 # The cases, several at a time.
@@ -625,7 +648,7 @@ def _finish(
     }
     store.write_json(folder / "summary.json", found)
     with whole_file(folder / "summary.md") as temporary:
-        temporary.write_text(summary.markdown(found), encoding="utf-8", newline="\n")
+        temporary.write_text(summary.markdown(found), encoding="utf-8", errors="backslashreplace", newline="\n")
     tiles = [prepared.tile for prepared in done.values() if prepared.tile]
     note = f" of {archive.modalities[0]}" if archive.modalities[1:] else ""
     note += f"; {len(tiles)} of {len(done)} cases, evenly chosen" if len(tiles) < len(done) else ""
@@ -637,7 +660,7 @@ def _finish(
         "citation": archive.citation, "source": archive.source, "spacing": spacing,
         "spacing_known": archive.spacing_known, "label_guided": archive.replay.label_guided,
         "recipe": archive.recipe.to_dict(), "replay": archive.replay.to_dict(),
-        "protocols": {name: asdict(protocol) for name, protocol in protocols.items()} if _is_own(archive) else {},
+        "protocols": {name: asdict(protocol) for name, protocol in protocols.items() if folds and _is_own(archive)},
     })
     return summary.remarks(found)
 

@@ -55,6 +55,8 @@ class RawCase:
         """
         if self.problem:
             raise DataError(self.problem)
+        for path in self.files:
+            check_name(path)
         parts = [self._channel(path) for path in self.images]
         image = parts[0]
         for other in parts[1:]:
@@ -151,6 +153,14 @@ class Archive:
     recipe: Recipe
     replay: Recipe
     folds: list[dict] | None = None
+
+
+def check_name(path: Path) -> None:
+    """Raises DataError for a name that is not UTF-8, at which SimpleITK ends the process."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!r}: the name is not UTF-8, expected one that is: rename it") from None
 
 
 def below(root: Path) -> Iterator[tuple[Path, list[str]]]:

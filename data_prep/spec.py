@@ -180,6 +180,8 @@ def load_split(name: str, fold: int, folder: Path | None = None) -> Split:
     folder = folder or SPLITS
     path = folder / f"{name}.json"
     known = sorted(p.stem for p in folder.glob("*.json"))
+    if not known:
+        raise DataError(f"{path}: no such file, expected folds, which take at least two patients with a label")
     if name not in known:
         raise DataError(f"split {name!r} is unknown, expected one of {', '.join(known)}")
     try:

@@ -32,6 +32,7 @@ from data_prep.volumes import (
 
 SCHEMA = 1  # of the card
 CARD, MANIFEST = "dataset.json", "manifest.json"
+DEFAULT = "data"  # where data sets are prepared, and looked for, without a word on it
 ENTRIES = {  # of the card, in this order
     "schema": int, "name": str, "title": str, "modality": str, "modalities": list, "classes": list, "regions": dict,
     "citation": str, "source": str, "spacing": list, "spacing_known": bool, "label_guided": bool, "recipe": dict,
@@ -112,7 +113,8 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON with a final newline, whole or not at all. Raises DataError where the folder is not writable."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # names of files that are not UTF-8 (surrogates): JSON has the same escapes as Python
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def find(root: Path, name: str, recipe: str) -> Path | None:
@@ -295,7 +297,7 @@ def opener(name: str) -> Callable[[Path | None, Protocol], CaseStore]:
 
 def data_folder(name: str, root: Path | None, how_to_get: str) -> Path:
     """The given folder or that of SSL4MIS_DATA. Raises DataError where there is none."""
-    place = root or os.environ.get("SSL4MIS_DATA")
+    place = root or os.environ.get("SSL4MIS_DATA") or (DEFAULT if Path(DEFAULT).is_dir() else None)
     if not place:
         raise DataError(f"{name}: no data folder is given (--data-root DIR or SSL4MIS_DATA=DIR): {how_to_get}")
     folder = Path(place).expanduser()
@@ -316,7 +318,7 @@ def spec_of(folder: Path | str) -> DatasetSpec:
             raise DataError(f"{folder / CARD}: protocol {name} is none ({error}), "
                             "expected the entries of data_prep.spec.Protocol") from None
     if not protocols:
-        raise DataError(f"{folder / CARD}: no protocol to train by, expected one, which takes folds and so labels of at "
+        raise DataError(f"{folder / CARD}: no protocol to train by, expected one, which takes folds: labels of at "
                         "least two patients")
     return DatasetSpec(
         name=card["name"],
@@ -435,7 +437,8 @@ def _checked(card: dict[str, Any], path: Path) -> dict[str, Any]:
     """The card, if it is complete. Raises DataError naming the first entry that is not."""
     for name, kind in ENTRIES.items():
         if name not in card:
-            raise DataError(f"{path}: no entry '{name}', expected the card of a prepared data set")
+            raise DataError(f"{path}: no entry '{name}', expected the card of a prepared data set "
+                            "(python -m data_prep.prepare)")
         if not isinstance(card[name], kind) or kind is int and card[name] != SCHEMA:
             wanted = SCHEMA if kind is int else f"a {kind.__name__}"
             raise DataError(f"{path}: {name} is {card[name]!r}, expected {wanted}")

@@ -2,6 +2,7 @@
 
 `predict` is the command; `Model.segment` is one scan.
 """
+import hashlib
 import json
 import re
 import time
@@ -169,19 +170,21 @@ def predict(
     made = {"model": model.card["id"], "iterations": model.card["training"]["iterations"], "recipe": model.recipe.id,
             "stride": steps, "classes": model.classes}
     listing = Listing(output, made)
-    left = [case for case in cases if overwrite or not listing.holds(files[case.id].values())]
-    listing.check((file for case in left for file in files[case.id].values()), overwrite)
+    scanned = {case.id: _content(case) for case in cases}
+    left = [case for case in cases if overwrite or not listing.holds(files[case.id].values(), scanned[case.id])]
+    for case in left:
+        listing.check(files[case.id].values(), scanned[case.id], overwrite)
     for line in _introduction(model, steps):
         say(line)
     if len(left) < len(cases):
         say(f"{len(cases) - len(left)} of {len(cases)} scans are skipped: their results are in {output} already")
     if left:
-        listing.note(())  # before any work: where nothing can be written is known now
+        listing.note((), {})  # before any work: where nothing can be written is known now
     failed = []
     for number, case in enumerate(left, 1):
         started, where = time.monotonic(), f"{number}/{len(left)} {case.id}"
         try:
-            volumes = _predict_case(model, case, steps, files[case.id], listing, say)
+            volumes = _predict_case(model, case, steps, files[case.id], scanned[case.id], listing, say)
         except DataError as error:
             if len(cases) == 1:
                 raise
@@ -192,7 +195,20 @@ def predict(
     return failed
 
 
-def _predict_case(model: Model, case: RawCase, stride, files: dict[str, Path], listing: "Listing", say) -> str:
+def _content(case: RawCase) -> dict[str, str]:
+    """Where a scan is and the SHA-256 of its files, so that a result is not taken for that of another scan."""
+    digest = hashlib.sha256()
+    try:
+        for file in case.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    except OSError:  # said where the scan is read
+        return {"scan": str(case.images[0]), "sha256": ""}
+    return {"scan": str(case.images[0]) if case.images else "", "sha256": digest.hexdigest()}
+
+
+def _predict_case(
+    model: Model, case: RawCase, stride, files: dict[str, Path], scanned: dict[str, str], listing: "Listing", say
+) -> str:
     """Write the results of one scan; returns the volumes of its classes in words."""
     scan, _ = case.read()
     try:
@@ -202,7 +218,7 @@ def _predict_case(model: Model, case: RawCase, stride, files: dict[str, Path], l
                         "holds, expected a smaller scan or --device cpu") from None
     for file in files.values():  # before they are listed as this model's
         file.unlink(missing_ok=True)
-    listing.note(files.values())
+    listing.note(files.values(), scanned)
     if "prob" in files:
         write_scan(files["prob"], found.probabilities, None, scan)
     if "preview" in files:
@@ -250,7 +266,10 @@ def _introduction(model: Model, stride: list[int]) -> Iterable[str]:
 
 
 class Listing:
-    """Which files of a folder were written here and by which model: nothing else there is ever replaced."""
+    """Which files of a folder were written here, of which scan and by which model: nothing else is ever replaced.
+
+    `entry` is the model's part of what is noted of a file, `scanned` the scan's.
+    """
 
     def __init__(self, folder: Path, entry: dict):
         self.path, self.entry = folder / LISTING, entry
@@ -266,23 +285,34 @@ class Listing:
             raise DataError(f"{self.path}: cannot be read ({error}), expected the list of the predictions beside it") \
                 from None
 
-    def holds(self, files: Iterable[Path]) -> bool:
-        """Whether all these files are there, made by this model in this way."""
-        return all(file.exists() and self.files.get(file.name) == self.entry for file in files)
+    def holds(self, files: Iterable[Path], scanned: dict[str, str]) -> bool:
+        """Whether all these files are there, made of this scan by this model in this way."""
+        return all(file.exists() and self._made(file) == (self.entry, scanned["sha256"]) for file in files)
 
-    def check(self, files: Iterable[Path], overwrite: bool) -> None:
-        """UserError if one of the files is there and was not written here, or by another model without `overwrite`."""
+    def _made(self, file: Path) -> tuple[dict, str]:
+        """What is noted of a file: the model's part, and the checksum of the scan."""
+        noted = self.files.get(file.name, {})
+        return {key: value for key, value in noted.items() if key not in ("scan", "sha256")}, noted.get("sha256", "")
+
+    def check(self, files: Iterable[Path], scanned: dict[str, str], overwrite: bool) -> None:
+        """UserError if one of the files is there and was not written here, or, without `overwrite`, not of this scan
+        and model."""
         for file in filter(Path.exists, files):
             made = self.files.get(file.name)
             if made is None:
                 raise UserError(f"{file}: is there and no prediction of this suite, expected another --output")
-            if made != self.entry and not overwrite:
+            model, content = self._made(file)
+            if content != scanned["sha256"] and not overwrite:
+                raise UserError(f"{file}: was made of {made.get('scan', 'another scan')}; expected another --output "
+                                f"for {scanned['scan']}, or --overwrite to replace it")
+            if model != self.entry and not overwrite:
                 raise UserError(f"{file}: was made by {made.get('model')}, stride {made.get('stride')}; expected "
                                 "another --output, or --overwrite to replace it")
 
-    def note(self, files: Iterable[Path]) -> None:
+    def note(self, files: Iterable[Path], scanned: dict[str, str]) -> None:
         """List files that are going to be written; DataError where the folder is not writable."""
-        self.files = self._read() | {file.name: self.entry for file in files}  # another process may write here, too
+        # read again: another process may write here, too
+        self.files = self._read() | {file.name: self.entry | scanned for file in files}
         with whole_file(self.path) as temporary:
             content = {"schema": 1, "files": dict(sorted(self.files.items()))}
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
@@ -291,11 +321,23 @@ class Listing:
 def find_scans(inputs: Sequence[Path], channels: Sequence[str], output: Path, say=print) -> list[RawCase]:
     """The scans behind files and folders, each with an id of its own; a scan that lacks a channel has a problem.
 
-    A file is a scan. So is a folder with a DICOM series, or with a file per modality; any other folder is searched at
-    all depths, the folder of the results left out. Raises DataError where there is nothing.
+    A file is a scan, or where there are several modalities one of the files of a scan. So is a folder with a DICOM
+    series, or with a file per modality; any other folder is searched at all depths, the folder of the results left out.
+    Raises DataError where there is nothing.
     """
-    found, left_out = {}, []
-    for place in map(Path, inputs):
+    found, left_out, places = {}, [], list(map(Path, inputs))
+    files = defaultdict(list)
+    for place in places:
+        if place.is_file() and len(channels) > 1:
+            files[place.parent].append(place)
+    for folder, paths in files.items():
+        others = []
+        scanned = list(_grouped(folder, paths, channels, others, left_out))
+        scanned += [(path, _case(path, channels)) for path in others]
+        found |= {anchor.resolve(): case for anchor, case in sorted(scanned, key=lambda entry: entry[0])}
+    for place in places:
+        if place in files.get(place.parent, ()):
+            continue
         if place.is_dir():
             inside, others = [], []
             for folder, paths in _walk(place, output.resolve(), left_out):

@@ -61,8 +61,10 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     folder = options.out / "runs" / spec.id
     data = store.provenance(cases) | describe_data(dataset, protocol, store)
     keep_description(folder, spec, data)
-    unit = "patients" if split.per_patient > 1 else "cases"
-    say(f"{spec.id}\nreading {spec.dataset}: {spec.labeled} labeled of {split.patients} training {unit}")
+    counts = [len(part) for part in (split.labeled(spec.labeled), split.unlabeled(spec.labeled), split.test)]
+    patients = f" ({spec.labeled} labeled patients)" if split.per_patient > 1 else ""
+    say(f"{spec.id}\nreading {spec.dataset}: {counts[0]} labeled and {counts[1]} unlabeled training cases, "
+        f"{counts[2]} test cases{patients}")
     for remark in method.remarks():
         say(remark)
     if method.needs.unlabeled and not spec.unlabeled_batch:

@@ -305,6 +305,8 @@ def test_prepared_cases_go_before_the_published_files(tmp_path, recipe):
         with pytest.raises(DataError, match="nothing is prepared with recipe clean .*--recipe clean") as error:
             SPEC.open(tmp_path, replace(FULL, recipe="clean"))
         assert str(tmp_path) in one_line(error)
+    with pytest.raises(DataError, match="^LA: recipe 'claen' is unknown, expected paper or clean$"):
+        SPEC.open(tmp_path, replace(FULL, recipe="claen"))
 
 
 def test_the_published_files_say_where_they_come_from_and_how_a_new_scan_is_treated(tmp_path):

@@ -1,5 +1,6 @@
 """Segmentations of new scans lie on the scans' own voxels, whatever their axes, their format and the recipe."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -399,8 +400,24 @@ def test_results_of_another_model_are_never_mixed(tmp_path, run, folder):
         run(folder / "a.nii.gz")
     run(folder / "a.nii.gz", overwrite=True)
     entry = json.loads((tmp_path / "out" / "predictions.json").read_text())["files"]["a_seg.nii.gz"]
+    content = hashlib.sha256(hashlib.sha256((folder / "a.nii.gz").read_bytes()).digest()).hexdigest()
     assert entry == {"model": "test-run", "iterations": 3, "recipe": "test-plain-1", "stride": [4, 4, 4],
-                     "classes": list(CLASSES)}
+                     "classes": list(CLASSES), "scan": str(folder / "a.nii.gz"), "sha256": content}
+
+
+def test_a_scan_of_the_same_name_is_another_scan(tmp_path, run, folder):
+    """Every patient's file may be called scan.nii.gz: no one gets the mask of another."""
+    other = tmp_path / "other" / "a.nii.gz"
+    other.parent.mkdir()
+    write_scan(other, phantom((20, 16, 12)), AFFINES["flipped"])
+    run(folder / "a.nii.gz")
+    before = (tmp_path / "out" / "a_seg.nii.gz").read_bytes()
+    with pytest.raises(UserError) as error:
+        run(other)
+    assert f"was made of {folder / 'a.nii.gz'}; expected another --output for {other}" in str(error.value)
+    assert (tmp_path / "out" / "a_seg.nii.gz").read_bytes() == before
+    run(other, overwrite=True)
+    assert read_scan(tmp_path / "out" / "a_seg.nii.gz", contrast=False).space == (20, 16, 12)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -426,13 +443,25 @@ def test_results_beside_the_scans_are_no_scans(tmp_path, run, folder):
     assert failed == [] and "3 of 3" in said[-1] and not any("left out" in line for line in said)
 
 
+def test_files_of_one_scan_may_be_named_one_by_one(tmp_path):
+    names = ("flair", "t1", "t1ce", "t2")
+    files = [tmp_path / f"{case}_{name}.nii.gz" for case in ("x", "y") for name in reversed(names)]
+    for file in files:
+        file.write_bytes(b"")
+    for inputs in (files, [tmp_path]):
+        found = module.find_scans(inputs, ("FLAIR", "T1", "T1ce", "T2"), tmp_path / "out", say=lambda text: None)
+        assert [(case.id, [image.name for image in case.images], case.problem) for case in found] == [
+            (case, [f"{case}_{name}.nii.gz" for name in names], "") for case in ("x", "y")]
+
+
 def test_two_commands_may_fill_one_folder(tmp_path, folder):
     entry = {"model": "x", "stride": [4, 4, 4]}
     one, two = (module.Listing(tmp_path / "out", entry) for _ in range(2))
-    one.note([tmp_path / "out" / "a_seg.nii.gz"])
-    two.note([tmp_path / "out" / "b_seg.nii.gz"])
+    scanned = {"scan": "a", "sha256": "0"}
+    one.note([tmp_path / "out" / "a_seg.nii.gz"], scanned)
+    two.note([tmp_path / "out" / "b_seg.nii.gz"], scanned)
     files = json.loads((tmp_path / "out" / "predictions.json").read_text())["files"]
-    assert files == {"a_seg.nii.gz": entry, "b_seg.nii.gz": entry}
+    assert files == {"a_seg.nii.gz": entry | scanned, "b_seg.nii.gz": entry | scanned}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"files": ["a"]}', '{"files": {"a": 1}}'])

@@ -167,7 +167,7 @@ def test_a_second_call_makes_only_what_is_gone_damaged_or_of_other_inputs(again,
 def test_other_settings_make_all_cases_again(again):
     archive, raw, folder = again
     other = replace(archive, cases=archive.cases[:2])
-    assert prepare.prepare(other, folder, raw, dtype="float16", compression="lzf") == []
+    assert prepare.prepare(other, folder, raw, dtype="float16", compression="lzf", replace_others=True) == []
     with h5py.File(folder / "cases" / "c1.h5") as file:
         assert file["image"].dtype == np.float16 and file["image"].compression == "lzf"
     found = manifest(folder)
@@ -179,7 +179,14 @@ def test_cases_that_are_gone_leave_but_no_file_of_others(again):
     (folder / "cases" / "mine.h5").write_bytes(b"mine")
     (folder / "notes.txt").write_text("mine")
     before = made(folder)
-    assert prepare.prepare(replace(archive, cases=archive.cases[:3]), folder, raw) == []
+    fewer = replace(archive, cases=archive.cases[:3])
+    with pytest.raises(DataError) as error:
+        prepare.prepare(fewer, folder, raw)
+    assert "holds 4 cases, 1 of them are not in this archive, the first is c3" in str(error.value)
+    with pytest.raises(DataError, match="holds 4 cases made with --raw, expected another --out for --from-h5"):
+        prepare.prepare(replace(archive, source="h5"), folder, raw)
+    assert made(folder) == before and store.read_card(folder)["name"] == archive.name
+    assert prepare.prepare(fewer, folder, raw, replace_others=True) == []
     assert sorted(manifest(folder)["cases"]) == ["c0", "c1", "c2"]
     assert made(folder) == {case: before[case] for case in ("c0", "c1", "c2", "mine")}
     assert (folder / "notes.txt").read_text() == "mine"
@@ -380,6 +387,14 @@ def test_own_data_from_the_command_line(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err.splitlines()
     assert told[-2] == "1 of 3 cases is bad:" and str(raw / "labelsTr" / "s1.nii.gz") in told[-1]
     assert sorted(manifest(folder)["cases"]) == sorted(made(folder)) == ["s0", "s2"]
+
+
+def test_data_without_folds_are_prepared_and_not_trained_on(tmp_path, capsys):
+    raw = own_folder(tmp_path / "raw", 1)
+    assert prepare.main(["mine", "--raw", str(raw), "--out", str(tmp_path), "--workers", "1"]) == 0
+    assert "mine: no folds to train on: mine: 1 patients with labels, expected at least 2" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no protocol to train by, .* labels of at least two patients"):
+        data_prep.locate(str(tmp_path / "mine"))
 
 
 def test_published_files_are_taken_as_they_are(tmp_path, capsys):

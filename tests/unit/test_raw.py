@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import h5py
 import nibabel as nib
@@ -190,6 +191,13 @@ def test_the_files_of_a_case_are_listed_one_by_one(case, tmp_path):
         sitk.WriteImage(image, str(header), useCompression=suffix == ".nhdr")
         files = RawCase("b", (folder, header, header), case.label).files
         assert files == (*slices, header, header.with_suffix(beside), case.label)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_a_library_ends_the_process(case, tmp_path):
+    path = tmp_path / os.fsdecode(b"M\xfcller.nrrd")
+    with pytest.raises(DataError, match=r"M.udcfcller.nrrd': the name is not UTF-8, expected one that is") as error:
+        replace(case, images=(path,)).read()
+    one_line(error)
 
 
 def test_cases_travel_to_other_processes(case):

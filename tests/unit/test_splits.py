@@ -184,3 +184,10 @@ def test_protocols_are_consistent(name):
         split = load_split(protocol.split, 0)
         assert list(protocol.labeled) == sorted(protocol.labeled)
         assert protocol.labeled[-1] < split.patients
+
+
+def test_data_without_folds_say_what_folds_take(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_split("cv5", 0, tmp_path)
+    assert str(error.value) == (f"{tmp_path / 'cv5.json'}: no such file, expected folds, which take at least two "
+                                "patients with a label")

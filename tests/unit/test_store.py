@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -267,6 +268,11 @@ def test_a_broken_card_is_refused(tmp_path, change, message):
     assert not path.exists()
     path.write_text(json.dumps(CARD | change))
     line(lambda: store.read_card(tmp_path), path, message)
+
+
+def test_names_that_are_not_utf8_are_kept(tmp_path):
+    store.write_json(tmp_path / "file.json", [os.fsdecode(b"M\xfcller"), "M\xfcller"])
+    assert json.loads((tmp_path / "file.json").read_text("utf-8")) == [os.fsdecode(b"M\xfcller"), "M\xfcller"]
 
 
 def test_no_card_is_refused(tmp_path):
