@@ -653,7 +653,8 @@ def _finish(
     note = f" of {archive.modalities[0]}" if archive.modalities[1:] else ""
     note += f"; {len(tiles)} of {len(done)} cases, evenly chosen" if len(tiles) < len(done) else ""
     title = f"{archive.title}: {archive.recipe.id}, {summary.plural(len(done))}"
-    summary.contact_sheet(folder / "contact_sheet.png", tiles, title, archive.classes, spacing, note)
+    with parallel.hushed():  # matplotlib warns of letters that its font lacks
+        summary.contact_sheet(folder / "contact_sheet.png", tiles, title, archive.classes, spacing, note)
     store.write_card(folder, {
         "schema": store.SCHEMA, "name": archive.name, "title": archive.title, "modality": archive.modality,
         "modalities": archive.modalities, "classes": archive.classes, "regions": dict(archive.regions),

@@ -17,6 +17,7 @@ PART = 0.1  # of the largest connected part: smaller ones are specks of noise, t
 TAILS = (0.005, 0.995)  # quantiles between which the threshold of an MR scan is looked for
 RATIO = 300.0  # of the brightest to the darkest intensity that this threshold tells from zero
 BINS = 256
+MOST = 1 << 27  # voxels of a stored case that is resampled beyond reason: half a gigabyte
 CHUNK = 1 << 22  # values squared at a time, in float64
 OVER = ("all", "positive", "foreground")
 
@@ -138,6 +139,11 @@ def apply(recipe: Recipe, image: Scan, label: Scan | None = None) -> Stored:
         image = replace(image, voxels=image.voxels[None])
     mask = _mask(recipe, image)
     geometry = Geometry.of(image, _box(recipe, image, mask, label), recipe.spacing, recipe.orientation)
+    growth = math.prod(geometry.stored) / math.prod(geometry.cropped)
+    if growth < 1e-4 or growth > 100 and math.prod(geometry.stored) > MOST:
+        mm, wanted = (" x ".join(f"{n:g}" for n in spacing) for spacing in (image.spacing, geometry.stored_spacing))
+        raise DataError(f"{image.path}: voxels of {mm} mm would become {math.prod(geometry.stored)} of {wanted} mm, "
+                        "expected a header in mm (or in the unit that it names)")
     if recipe.before:
         image = replace(image, voxels=_run(recipe.before, _float32(image.voxels), mask, image))
     if mask is not None:

@@ -6,6 +6,7 @@ the patient's right, y to the front, z to the head. NIfTI says it so, the others
 
 import gzip
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -198,7 +199,11 @@ def _suffix(path: Path, known: Sequence[str]) -> str | None:
 def _reason(error: Exception) -> str:
     """The message of a library in one short line; ITK's begins with places in its own source."""
     text = str(error).split("ERROR: ")[-1].strip()
-    return " ".join(text.splitlines()[-1].split())[:200] if text else type(error).__name__
+    line = " ".join(text.splitlines()[-1].split())[:200] if text else type(error).__name__
+    if line.startswith("Reason: "):  # ITK repeats errno, "Success" where a file is only too short
+        return "the voxels are missing or too few"
+    # an address in memory is another one each time
+    return "".join(filter(str.isprintable, re.sub(r"\w+\(0x[0-9a-f]+\): ", "", line)))
 
 
 def _read(path: Path, what: str, read: Callable[[], Any]) -> Any:
@@ -305,7 +310,7 @@ def _read_dicom(folder: Path) -> Scan:
         listed = {Path(name).name for name in names[0]}
         # GDCM passes over slices that it cannot read, which at the ends of a series would go unnoticed
         for path in sorted(folder.iterdir()):
-            if path.name not in listed | {"DICOMDIR"} and path.is_file() and (
+            if path.name[0] != "." and path.name not in listed | {"DICOMDIR"} and path.is_file() and (
                     path.suffix.lower() == ".dcm" or is_dicom(path)):
                 raise DataError(f"{folder}: {path.name} is truncated or no DICOM slice, expected a readable one")
         slices = [_slice_header(folder, name) for name in names[0]]

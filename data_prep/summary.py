@@ -132,7 +132,13 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What is odd about the data set, a line each."""
     odd, total = summary["odd"], summary["cases"]
     lines = [f"the same scan: {', '.join(group)}" for group in odd["duplicates"]]
-    lines += [f"no voxel of {name}: {_listed(ids, summary['labeled'])}" for name, ids in odd["empty"].items() if ids]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, ids in odd["empty"].items():
+        alike.setdefault(tuple(ids), []).append(name)
+    for ids, classes in alike.items():
+        more = f" and {len(classes) - LISTED} more classes" if len(classes) > LISTED else ""
+        if ids:
+            lines.append(f"no voxel of {', '.join(classes[:LISTED])}{more}: {_listed(ids, summary['labeled'])}")
     if odd["spacing"]:
         lines.append(f"spacing {SPACING_FACTOR:g} times the median or more, or that part of it: "
                      + _listed(odd["spacing"], total))

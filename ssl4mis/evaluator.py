@@ -3,6 +3,7 @@ import numpy as np
 import torch
 
 from networks.base import channels_last
+from ssl4mis.errors import UserError
 from ssl4mis.inference import by_planes, sliding_window
 from ssl4mis.loading import as_tensor
 from ssl4mis.method import Method
@@ -36,11 +37,16 @@ def evaluate(method: Method, store, cases, targets, patch, stride, device, tell=
         store: the only reader of test labels. targets: by the name that is scored, the classes whose union it is.
         tell: called as tell(number of finished cases, case id).
         slices: whether a 2D method predicts volumes plane by plane; there is no stride then.
+
+    UserError naming a case whose image is not finite.
     """
     method.eval().to(memory_format=channels_last(method.task.spatial_dims))
     rows = []
     for done, case in enumerate(cases, 1):
         image = store.image(case)
+        if not np.isfinite(image).all():  # mapped files are not gone through when they are opened
+            raise UserError(f"test case {case}: NaN or infinity in the stored image, expected finite values; prepare "
+                            "the data again, and the same command goes on")
         predicted = (segment_slices(method, image, patch, device) if slices
                      else segment(method, image, patch, stride, device)).numpy()
         truth, spacing = store.label(case), store.spacing(case)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ssl4mis.errors import UserError
 from ssl4mis.evaluator import evaluate, probabilities, segment, segment_slices
 from ssl4mis.method import Method, Task
 from ssl4mis.records import DISTANCES, FLAGS, OVERLAPS
@@ -185,3 +186,14 @@ def test_images_may_be_mapped_and_read_only(tmp_path):
         assert np.array_equal(segment_slices(Oracle(dims=2), image, (12, 20), "cpu"), Store().label("small"))
     finally:
         torch.set_warn_always(False)
+
+
+def test_a_damaged_test_case_gets_no_score():
+    class Damaged(Store):
+        def image(self, case):
+            image = super().image(case)
+            image[0, 0, 0, 0] = math.nan if case == "small" else 0
+            return image
+
+    with pytest.raises(UserError, match="^test case small: NaN or infinity in the stored image, expected finite"):
+        evaluate(Oracle(), Damaged(), CASES, TARGETS, PATCH, STRIDE, "cpu")

@@ -600,3 +600,11 @@ def test_no_orientation_is_left_out():
             stored = apply(recipe(Crop("label", (1, 0, 0))), *turned)
             np.testing.assert_array_equal(stored.image, expected.image)
             np.testing.assert_array_equal(stored.label, expected.label)
+
+
+def test_a_header_in_wrong_units_is_refused_before_it_takes_all_memory():
+    recipe = Recipe("x", "clean", 1, "", spacing=(1, 1, 1))
+    with pytest.raises(DataError, match=r"^scan.nii: voxels of 100 x 100 x 100 mm would become .* expected a header"):
+        apply(recipe, scan(np.random.default_rng(0).normal(size=(1, 8, 8, 8)), spacing=(100, 100, 100)))
+    with pytest.raises(DataError, match=r"^scan.nii: voxels of 0.01 x 0.01 x 0.01 mm would become 1 of"):
+        apply(recipe, scan(np.random.default_rng(0).normal(size=(1, 24, 24, 24)), spacing=(0.01, 0.01, 0.01)))
