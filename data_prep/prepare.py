@@ -129,7 +129,9 @@ def prepare(
             kept = sum(case.kept for case in ledger.done.values())
             found = f"{len(ledger.done)} of {len(archive.cases)} cases are in {folder}"
             progress.say(f"{archive.name}: {found}" + (f", {kept} as before" if kept else ""))
-            progress.say(f"{archive.name}: look at contact_sheet.png there, then train with --dataset {folder}")
+            train = not _is_own(archive) or (folder / SPLITS).exists()
+            progress.say(f"{archive.name}: look at contact_sheet.png there"
+                         + (f", then train with --dataset {folder}" if train else ""))
         else:
             ledger.leave()
     return list(ledger.bad_in_order().values())
