@@ -29,6 +29,11 @@ def _probabilities(method: Method, image, patch, stride, device) -> torch.Tensor
     return sliding_window(method.predict, as_tensor(image).to(device), patch, stride)
 
 
+def _union(labels: np.ndarray, values) -> np.ndarray:
+    # np.isin takes as long as the score itself
+    return labels == values[0] if len(values) == 1 else np.isin(labels, values)
+
+
 def evaluate(method: Method, store, cases, targets, patch, stride, device, tell=lambda done, case: None,
              slices=False) -> list[dict]:
     """Scores of every test case and target, as rows of a record.
@@ -52,6 +57,6 @@ def evaluate(method: Method, store, cases, targets, patch, stride, device, tell=
         truth, spacing = store.label(case), store.spacing(case)
         for name, values in targets.items():
             rows.append({"case": case, "class": name,
-                         **score(np.isin(predicted, values), np.isin(truth, values), spacing)})
+                         **score(_union(predicted, values), _union(truth, values), spacing)})
         tell(done, case)
     return rows

@@ -1,9 +1,11 @@
-"""Metrics: values by hand, laws, and other tools as oracles."""
+"""Metrics: values by hand, laws, and other tools as oracles; all of it compiled and by SciPy."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.ndimage import binary_closing, binary_erosion, gaussian_filter
+from scipy.ndimage import binary_closing, binary_erosion, distance_transform_edt, gaussian_filter
 
 from ssl4mis import metrics
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 DISTANCES = [f"{name}_{unit}" for name in ("hd95", "hd95_max", "asd", "assd") for unit in ("voxel", "mm")]
 KEYS = {"dice", "jaccard", *DISTANCES, "empty_prediction", "empty_truth", "diagonal_voxel", "diagonal_mm"}
+
+
+@pytest.fixture(scope="module", params=["compiled", "scipy"], autouse=True)
+def way(request):
+    """Every test of this file runs in both ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "scipy":
+            patch.setattr(metrics, "_compiled", lambda: None)
+        else:
+            pytest.importorskip("numba", reason="numba is not installed")
+            assert metrics._compiled() is not None
+        yield request.param
 
 
 def points(shape, *indices):
@@ -172,8 +186,46 @@ def test_input_is_left_alone():
 
 
 def test_needs_no_torch():
-    code = "import sys, ssl4mis.metrics; sys.exit(any(m in sys.modules for m in ('torch', 'medpy', 'monai')))"
+    code = "import sys, ssl4mis.metrics; sys.exit(any(m in sys.modules for m in ('torch', 'medpy', 'monai', 'numba')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(metrics.__file__).parents[1]).returncode == 0
+
+
+WITHOUT = {
+    "numba": "sys.modules['numba'] = None",
+    "a place for its cache": "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []",
+}
+
+
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_scipy_takes_over_without(missing):
+    code = f"""if True:
+        import sys
+        {WITHOUT[missing]}
+        import numpy as np
+        from ssl4mis import metrics
+        row = metrics.score(np.eye(9, k=2), np.eye(9), (1, 1))
+        sys.exit(metrics._compiled() is not None or row["asd_voxel"] != 2**0.5)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(metrics.__file__).parents[1]).returncode == 0
+
+
+def test_threads_at_once_and_again():
+    cases = [(blob((30, 28, 26), n), blob((30, 28, 26), n, 0.5), (1, 2, 1 + n % 2)) for n in range(8)]
+    expected = [metrics.score(*case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda case: metrics.score(*case), cases * 5)) == expected * 5
+
+
+def test_memory_of_a_large_scan():
+    """Two objects in opposite corners of a CT: their box is the whole scan, the worst case."""
+    shape = (512, 512, 240)
+    pred, truth = np.zeros((2, *shape), np.uint8)
+    pred[10:60, 10:60, 5:40] = truth[450:500, 440:490, 190:230] = 1
+    tracemalloc.start()
+    row = metrics.score(pred, truth, (0.8, 0.8, 1.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert row["asd_mm"] > 400 and peak < 6 * pred.size
 
 
 # Laws on random masks
@@ -227,7 +279,95 @@ def test_background_and_axis_order_do_not_matter(example, width, data):
         assert row[key] == pytest.approx(other[key], rel=1e-12, abs=1e-12), key
 
 
-# Other tools
+# Both ways against each other, and against other tools
+
+
+PARTS = ("box", "plane", "voxel", "noise", "speckles", "all")
+
+
+def part(kind, shape, rng):
+    if kind in ("noise", "speckles"):
+        return rng.random(shape) < (0.4 if kind == "noise" else 0.01)
+    start, last = np.sort(rng.integers(0, shape, (2, len(shape))), axis=0)
+    if kind == "plane":
+        axis = rng.integers(len(shape))
+        last[axis] = start[axis]
+    if kind == "voxel":
+        last = start
+    return box(shape, start * (kind != "all"), shape if kind == "all" else last + 1) > 0
+
+
+@st.composite
+def scenes(draw):
+    """Pairs of none to three parts each, which touch the borders or lie far apart; a row has up to three words."""
+    dims = draw(st.sampled_from([2, 3]))
+    row = draw(st.sampled_from([9, 31, 32, 33, 63, 64, 65, 127, 128, 129]))
+    shape = draw(st.permutations([row, *(draw(st.integers(1, 14)) for _ in range(dims - 1))]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    kinds = draw(st.tuples(*[st.lists(st.sampled_from(PARTS), max_size=3)] * 2))
+    masks = (np.any([np.zeros(shape, bool), *(part(kind, shape, rng) for kind in some)], axis=0) for some in kinds)
+    spacing = draw(st.sampled_from([(1, 1, 1), (0.625, 0.625, 0.625), (5, 1, 0.3), (0.7, 0.8, 3), (2, 2, 1)]))
+    return *masks, spacing[:dims]
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes())
+def test_fuzz(way, example):
+    if way != "compiled":
+        pytest.skip("both ways are run at once")
+    row, lists = metrics.score(*example), metrics.surface_distances(*example)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_compiled", lambda: None)
+        other, others = metrics.score(*example), metrics.surface_distances(*example)
+    np.testing.assert_equal(*({key: value for key, value in r.items() if "mm" not in key} for r in (row, other)))
+    for ours, theirs in zip((*lists, list(row.values())), (*others, list(other.values())), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    if not (row["empty_prediction"] or row["empty_truth"]):
+        agrees_with_medpy(*example)
+
+
+def oracle(start, goal, spacing):
+    start, goal = (mask ^ binary_erosion(mask) for mask in (start, goal))
+    return distance_transform_edt(~goal, sampling=spacing)[start]
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 64), (65, 5), (2, 3, 130), (12, 70, 9), (70, 4, 33), (5, 6, 7, 8)])
+def test_lists_are_those_of_scipy_in_c_order(shape):
+    spacings = [(1.0,) * len(shape), (0.5,) * len(shape), np.linspace(0.7, 2.3, len(shape))]
+    for pred, truth in [(blob(shape, 1), blob(shape, 2)), (blob(shape, 3, 1.0), blob(shape, 4, -1.0))]:
+        for spacing in spacings:
+            there, back = metrics.surface_distances(pred, truth, spacing)
+            np.testing.assert_allclose(there, oracle(pred, truth, spacing), rtol=1e-12)
+            np.testing.assert_allclose(back, oracle(truth, pred, spacing), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, n) for n in (64, 181, 192, 193, 255, 256, 257, 300)]
+                         + [(n, 2, 2) for n in (181, 253, 254, 255, 256, 257, 300)]
+                         + [(2, n, 2) for n in (181, 255, 256, 257, 300)]
+                         + [(150, 150, n) for n in (144, 146, 147)]
+                         + [(65534, 2, 1), (65535, 1, 2), (65536, 2, 2), (70000, 2), (2, 70000)])
+def test_corner_to_corner(shape):
+    """Boxes on both sides of every change to wider numbers; the second object is nearer along one axis only."""
+    far = np.subtract(shape, 1)
+    pred = points(shape, (0,) * len(shape))
+    for truth in (points(shape, far), points(shape, far, far * (np.arange(len(shape)) != np.argmax(far)))):
+        goals = np.argwhere(truth)
+        for spacing in ((1, 1, 1), (1, 1.5, 2)):
+            expected = np.linalg.norm(goals * spacing[: len(shape)], axis=1)
+            there, back = metrics.surface_distances(pred, truth, spacing[: len(shape)])
+            np.testing.assert_allclose(there, [expected.min()], rtol=1e-14)
+            np.testing.assert_allclose(back, expected, rtol=1e-14)
+
+
+def test_layout_and_type_of_the_arrays_do_not_matter():
+    pred, truth = blob((20, 17, 35), 0), blob((20, 17, 35), 1)
+    expected = metrics.score(pred, truth, (1, 1, 2))
+    for kind in (np.uint8, np.int8, np.int64, np.uint16, np.float32):
+        assert metrics.score(pred.astype(kind), truth, (1, 1, 2)) == expected
+    fortran = np.asfortranarray(pred)
+    cut = np.zeros((40, 18, 36), np.uint8)
+    cut[::2, 1:, :35] = truth
+    assert metrics.score(fortran, cut[::2, 1:, :35], (1, 1, 2)) == expected
 
 
 def agrees_with_medpy(pred, truth, spacing):
