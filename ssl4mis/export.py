@@ -77,7 +77,7 @@ def find(name: str, results: Path) -> Path:
 
 def read_run(folder: Path, say=print) -> tuple[dict, dict[str, Tensor]]:
     """Card and tensors of a run's last checkpoint; says where it is unfinished. UserError naming what is missing."""
-    spec = _spec(_json(folder / "config.json"), folder / "config.json")
+    spec = _spec(records.read_json(folder / "config.json"), folder / "config.json")
     try:
         state = checkpoint.load(folder, say)
     except UnpicklingError:
@@ -99,7 +99,7 @@ def read_exported(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Card and tensors of an exported model; UserError where a file is missing, damaged or of another export."""
     from safetensors.torch import load
 
-    card = _json(folder / CARD)
+    card = records.read_json(folder / CARD)
     if card.get("schema") != SCHEMA or not {"id", "spec", "task", "input", "weights"} <= card.keys():
         raise UserError(f"{folder / CARD}: schema {card.get('schema')!r}, expected the card of an export, {SCHEMA}")
     path = folder / WEIGHTS
@@ -141,7 +141,8 @@ def _data(spec: RunSpec, folder: Path) -> dict:
     UserError where neither tells.
     """
     path = folder / "data.json"
-    told = {key: value for key, value in (_json(path) if path.exists() else {}).items() if value is not None}
+    told = records.read_json(path) if path.exists() else {}
+    told = {key: value for key, value in told.items() if value is not None}
     data = (_described(spec) if spec.dataset in data_prep.names() else {}) | told
     missing = [key for key in ("classes", "modalities", "targets", "slices", "spacing") if key not in data]
     if missing:
@@ -187,16 +188,6 @@ def _spec(settings: dict, where) -> RunSpec:
         return RunSpec(**settings)
     except TypeError as error:
         raise UserError(f"{where}: not the settings of a run of this version ({error})") from None
-
-
-def _json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}), expected a JSON file") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a {type(found).__name__}, expected a JSON object")
-    return found
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> bytes:

@@ -8,6 +8,8 @@ import re
 import uuid
 from pathlib import Path
 
+from ssl4mis.errors import UserError
+
 SCHEMA = 1
 ROWS = ("cases", "curve")  # lists of flat mappings, written one per line
 TOP = {
@@ -81,6 +83,17 @@ def read(path) -> dict:
 def read_all(folder) -> list[dict]:
     """All records of a folder, sorted by id; an absent folder holds none. Raises ValueError like `read`."""
     return sorted((read(path) for path in Path(folder).glob("*.json")), key=lambda record: record["id"])
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of a run; UserError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected a JSON file") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def write_text(path, text: str) -> Path:

@@ -45,7 +45,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     cases = [*split.train, *split.extra, *split.test]
     if record_path.exists():
         with suppress(data_prep.DataError):  # without the data a record is as good
-            same_data(record_path, read_json(record_path), dataset.open(root, protocol).provenance(cases))
+            same_data(record_path, records.read_json(record_path), dataset.open(root, protocol).provenance(cases))
         say(f"{spec.id} is finished: {record_path}")
         return record_path
     store = dataset.open(root, protocol)
@@ -109,7 +109,7 @@ def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
     """Write the settings and the description of the data into a run's folder; UserError where it holds other data."""
     kept = folder / "data.json"
     if kept.exists() or any(folder.glob("*.ckpt")):  # checkpoints are of these data, too
-        same_data(folder, {"spec": spec.stated} | ({"data": read_json(kept)} if kept.exists() else {}), data)
+        same_data(folder, {"spec": spec.stated} | ({"data": records.read_json(kept)} if kept.exists() else {}), data)
     records.write_text(folder / "config.json", json.dumps(spec.stated, indent=1) + "\n")
     records.write_text(kept, json.dumps(data, indent=1) + "\n")
 
@@ -121,17 +121,6 @@ def same_data(path: Path, record: dict, data: dict) -> None:
         if before.get(key, data[key]) != data[key]:
             raise UserError(f"{path}: made of other data, {key} {before[key] or 'none'}, expected "
                             f"{data[key] or 'none'} as now; remove it to start again, or take another --out")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UserError where it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}), expected what a run writes; remove it to go on") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object, expected what a run writes; remove it to go on")
-    return found
 
 
 def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
