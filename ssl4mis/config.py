@@ -23,6 +23,9 @@ from ssl4mis.records import digest
 # what a group of comparable runs may differ in
 NOT_HYPER = ("dataset", "protocol", "recipe", "labeled", "fold", "seed")
 
+# settings that the first records do not have, and what they were there
+YOUNGER = {"recipe": "", "evaluation_precision": "32-true"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
@@ -49,7 +52,8 @@ class RunSpec:
         weight_decay: of SGD.
         clip: largest gradient norm; 0 for none.
         augmentation: of the training patches, written [rotflip], or [] for none.
-        precision: of training; auto takes bf16 where the processor has it. Evaluation is always in float32.
+        precision: of training; auto takes bf16 where the processor has it.
+        evaluation_precision: of the predictions that are scored; bf16-mixed is faster and moves scores a little.
         storage: how training images are kept in memory.
         hp: hyper-parameters of the method.
     """
@@ -75,6 +79,7 @@ class RunSpec:
     clip: float = 0.0
     augmentation: list[str] = field(default_factory=list)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    evaluation_precision: Literal["32-true", "bf16-mixed"] = "32-true"
     storage: Literal["float32", "float16"] = "float32"
     hp: dict = field(default_factory=dict)
 
@@ -88,7 +93,8 @@ class RunSpec:
     @property
     def stated(self) -> dict:
         """The settings by name; those younger than the first records only where they are set, so that ids stay."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "recipe" or value}
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name not in YOUNGER or value != YOUNGER[name]}
 
     @property
     def hp_hash(self) -> str:

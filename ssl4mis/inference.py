@@ -23,31 +23,54 @@ def window_starts(size, patch, stride) -> list[tuple[int, ...]]:
     return list(itertools.product(*axes))
 
 
+def coverage(length: int, patch: int, stride: int) -> Tensor:
+    """Along one axis, how many windows each voxel is in, (length,) float32; that of a volume is the product of axes."""
+    count = torch.zeros(length)
+    for (start,) in window_starts((length,), (patch,), (stride,)):
+        count[start:start + patch] += 1
+    return count
+
+
 @torch.inference_mode()
-def sliding_window(predict, image: Tensor, patch, stride, batch: int = 4) -> Tensor:
+def sliding_window(predict, image: Tensor, patch, stride, batch: int | None = None) -> Tensor:
     """Image (C, *space) -> mean class probabilities (K, *space) float32, on the image's device.
+
+    Where a CUDA device is too small the windows go one by one and their mean is kept, and returned, on the CPU.
 
     Args:
         predict: (B, C, *patch) -> (B, K, *patch) probabilities.
-        patch, stride: voxels per axis. batch: windows per call; it does not change the result.
+        patch, stride: voxels per axis.
+        batch: windows per call, 4 on CUDA and else 1 without a number; it does not change the result.
     """
+    try:
+        return _mean_of_windows(predict, image, patch, stride, batch or (4 if image.is_cuda else 1), image.device)
+    except torch.OutOfMemoryError:
+        pass  # what failed is freed once the exception is gone
+    torch.cuda.empty_cache()
+    return _mean_of_windows(predict, image, patch, stride, 1, torch.device("cpu"))
+
+
+def _mean_of_windows(predict, image: Tensor, patch, stride, batch: int, home: torch.device) -> Tensor:
     space = image.shape[1:]
     missing = [max(window - length, 0) for length, window in zip(space, patch, strict=True)]
     before = [m // 2 for m in missing]
     pads = [n for m, b in zip(reversed(missing), reversed(before), strict=True) for n in (b, m - b)]
     padded = F.pad(image, pads)
-    starts = window_starts(padded.shape[1:], patch, stride)
-    boxes = [(..., *(slice(s, s + p) for s, p in zip(start, patch, strict=True))) for start in starts]
-    total, count = None, torch.zeros(padded.shape[1:], device=image.device)
+    boxes = [(..., *(slice(s, s + p) for s, p in zip(start, patch, strict=True)))
+             for start in window_starts(padded.shape[1:], patch, stride)]
+    total = None
     for first in range(0, len(boxes), batch):
         chunk = boxes[first:first + batch]
-        for box, probability in zip(chunk, predict(torch.stack([padded[box] for box in chunk])).float(), strict=True):
-            if total is None:
-                total = torch.zeros((probability.shape[0], *padded.shape[1:]), device=image.device)
+        found = predict(torch.stack([padded[box] for box in chunk])).to(home, torch.float32)
+        if total is None:
+            total = torch.zeros((found.shape[1], *padded.shape[1:]), device=home)
+        for box, probability in zip(chunk, found, strict=True):
             total[box] += probability
-            count[box] += 1
+    count = torch.ones(())
+    for sizes in zip(padded.shape[1:], patch, stride, strict=True):
+        count = count.unsqueeze(-1) * coverage(*sizes)
     inner = (..., *(slice(b, b + length) for b, length in zip(before, space, strict=True)))
-    return (total / count)[inner]
+    return total.div_(count.to(home))[inner]
 
 
 @torch.inference_mode()

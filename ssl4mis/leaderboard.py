@@ -265,6 +265,12 @@ def _ranked(found):
     return table
 
 
+def precision_of(run) -> str:
+    """Precision of training, and of the scored predictions where it is not float32."""
+    scored = run["evaluation"].get("precision", "32-true")
+    return run["spec"]["precision"] + ("" if scored == "32-true" else f", scored in {scored}")
+
+
 def _measured_row(group, rank):
     run, runs = group.runs[0], group.runs
     spec, split = run["spec"], run["split"]
@@ -272,7 +278,7 @@ def _measured_row(group, rank):
         "rank": rank, "source": "measured", "dataset": spec["dataset"], "protocol": spec["protocol"],
         "split": group.split, "data": group.data, "labeled": str(spec["labeled"]),
         "unlabeled": str(len(split["unlabeled"]) // split.get("per_patient", 1)),
-        "method": spec["method"], "network": spec["network"], "precision": spec["precision"],
+        "method": spec["method"], "network": spec["network"], "precision": precision_of(run),
         "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
         "missed": str(sum(score["missed"] for score in group.scores)), "n": str(len(runs)),
         "folds": str(len({item["spec"]["fold"] for item in runs})),

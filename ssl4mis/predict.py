@@ -7,8 +7,9 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ from data_prep.raw import RawCase
 from data_prep.recipes import Recipe, Step
 from data_prep.scans import Scan, write_scan
 from data_prep.volumes import downsample_image, whole_file
-from networks.base import channels_last
 from ssl4mis import evaluator, export
 from ssl4mis.errors import UserError
 from ssl4mis.inference import window_starts
@@ -54,6 +54,11 @@ class Model:
     recipe: Recipe
     device: torch.device
 
+    @cached_property
+    def predict(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Windows (B, C, *patch) -> class probabilities (B, K, *patch), computed in float32."""
+        return evaluator.predictor(self.method, self.device)
+
     @property
     def classes(self) -> list[str]:
         """Names of the label values, background first."""
@@ -84,7 +89,7 @@ class Model:
         image, _, geometry = recipes.apply(self.recipe, scan)
         self._compare(geometry, scan.path, say)
         if self.slices:
-            labels = evaluator.segment_slices(self.method, image, self.patch, self.device).numpy()
+            labels = evaluator.segment_slices(self.predict, image, self.patch, self.device).numpy()
             return Prediction(to_scanner(labels, geometry), None)
         factor, space = self.card["input"]["downsample"], image.shape[1:]
         if factor > 1:
@@ -92,7 +97,15 @@ class Model:
             image = np.pad(image, [(0, 0), *((0, -n % factor) for n in space)], mode="edge")
             whole, image = image.shape[1:], downsample_image(image, factor)
         starts = window_starts(np.maximum(image.shape[1:], self.patch), self.patch, stride)
-        watched = _Watched(self.method, paced(say, f"{scan.path.name}: windows", len(starts)))
+        tell, seen = paced(say, f"{scan.path.name}: windows", len(starts)), 0
+
+        def watched(windows: torch.Tensor) -> torch.Tensor:
+            nonlocal seen
+            answer = self.predict(windows)
+            seen += len(windows)
+            tell(seen, "")
+            return answer
+
         found = evaluator.probabilities(watched, image, self.patch, stride, self.device).numpy()
         if factor > 1:
             blocks = Geometry(whole, tuple(map(tuple, np.eye(4).tolist())), (0, 1, 2), (False,) * 3,
@@ -111,23 +124,6 @@ class Model:
             say(f"{path}: voxels of {_by(found)} mm, the network was trained at {_by(usual)} mm: expect little of it")
 
 
-class _Watched:
-    """A method whose predictions are counted."""
-
-    def __init__(self, method: Method, tell):
-        self.method, self.tell, self.seen = method, tell, 0
-
-    def __getattr__(self, name):
-        return getattr(self.method, name)
-
-    def predict(self, image: torch.Tensor) -> torch.Tensor:
-        """What the method predicts."""
-        found = self.method.predict(image)
-        self.seen += len(image)
-        self.tell(self.seen, "")
-        return found
-
-
 def load(name: str, results: Path, device: torch.device, say=print) -> Model:
     """The model of a run or of an export, ready to predict; UserError where there is none or it does not fit."""
     card, tensors = export.read(name, results, say)
@@ -141,7 +137,7 @@ def load(name: str, results: Path, device: torch.device, say=print) -> Model:
     except RuntimeError as error:
         raise UserError(f"{card['id']}: the weights do not fit {spec.method} on {spec.network} of this version "
                         f"({' '.join(str(error).split())[:200]})") from None
-    method.eval().requires_grad_(False).to(device, memory_format=channels_last(task["dims"]))
+    method.eval().requires_grad_(False)
     if known["replay"]:
         recipe = Recipe.from_dict(known["replay"])
     else:

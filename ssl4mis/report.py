@@ -103,7 +103,8 @@ def _key(column):
 
 
 def _name(spec, group):
-    return f"{spec['method']} ({spec['network']}, {spec['precision']}, {group.runs[0]['hp_hash']})"
+    run = group.runs[0]
+    return f"{spec['method']} ({spec['network']}, {leaderboard.precision_of(run)}, {run['hp_hash']})"
 
 
 def _title(group):

@@ -78,7 +78,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     say(f"evaluating {len(split.test)} test cases with the last weights")
     started = time.monotonic()
     rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
-                    paced(say, "evaluated", len(split.test)), slices=protocol.slices)
+                    paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision)
     timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
               "iterations_per_second": spec.iterations / trained["seconds"]}
     record = describe(spec, data, split, device) | {
@@ -133,7 +133,8 @@ def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
                   "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
                   "test": split.test},
         "selection": "last",
-        "evaluation": {"precision": "32-true", "patch": spec.patch, "stride": spec.stride, "postprocess": "none"},
+        "evaluation": {"precision": spec.evaluation_precision, "patch": spec.patch, "stride": spec.stride,
+                       "postprocess": "none"},
         "classes": [data["classes"][0], *data["targets"]], "device": {"type": device.type, "name": device_name(device)},
         "environment": environment(),
     }

@@ -36,9 +36,9 @@ def on_scanner(model, path):
     wanted = [read_modalities(path).index(name) for name in model.channels]
     image, stride = np.ascontiguousarray(image[wanted]), [side // 2 for side in model.patch]
     if model.slices:
-        labels = evaluator.segment_slices(model.method, image, model.patch, model.device).numpy()
+        labels = evaluator.segment_slices(model.predict, image, model.patch, model.device).numpy()
         return to_scanner(labels, geometry), None
-    found = evaluator.probabilities(model.method, image, model.patch, stride, model.device).numpy()
+    found = evaluator.probabilities(model.predict, image, model.patch, stride, model.device).numpy()
     return labels_to_scanner(found, geometry), to_scanner(found, geometry, 1, [1.0] + [0.0] * (len(found) - 1))
 
 

@@ -88,6 +88,12 @@ def test_the_protocols_own_recipe_is_the_default():
     assert clean.recipe == "clean" and clean.id != one(USER).id and clean.hp_hash == one(USER).hp_hash
 
 
+def test_scoring_in_half_precision_is_another_row():
+    fast = one(f"{USER} --evaluation_precision bf16-mixed")
+    assert fast.stated["evaluation_precision"] == "bf16-mixed" and "evaluation_precision" not in one(USER).stated
+    assert fast.id != one(USER).id and fast.hp_hash != one(USER).hp_hash
+
+
 def test_ids_of_the_first_records_stay():
     """A finished run is found again: what was added to the settings later is left out where it is not set."""
     assert "recipe" not in one(USER).stated and one(f"{USER} --recipe clean").stated["recipe"] == "clean"
@@ -171,7 +177,7 @@ OTHER = {
     "network": "unet", "width": 8, "patch": [96, 112, 80], "stride": [18, 18, 8], "iterations": 3000,
     "labeled_batch": 1, "unlabeled_batch": 1, "learning_rate": 0.02, "schedule": "poly", "momentum": 0.8,
     "weight_decay": 0.0, "clip": 1.0, "augmentation": [], "precision": "bf16-mixed", "storage": "float16",
-    "hp": {"decay": 0.5},
+    "evaluation_precision": "bf16-mixed", "hp": {"decay": 0.5},
 }  # fmt: skip
 
 

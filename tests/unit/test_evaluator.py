@@ -7,16 +7,27 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import networks
+from networks.base import NetSpec
 from ssl4mis.errors import UserError
-from ssl4mis.evaluator import evaluate, probabilities, segment, segment_slices
+from ssl4mis.evaluator import evaluate, predictor, probabilities, segment, segment_slices
+from ssl4mis.inference import sliding_window
 from ssl4mis.method import Method, Task
 from ssl4mis.records import DISTANCES, FLAGS, OVERLAPS
 
 CLASSES = ("background", "chamber", "vessels", "wall")
 TARGETS = {"chamber": (1,), "vessels": (2,), "wall": (3,)}
+PATCH16 = (16, 16, 16)
 PATCH, STRIDE, SPACING = (16, 16, 8), (8, 8, 4), (1.0, 1.0, 2.5)
 CASES = ("large", "small")
 KEYS = {"case", "class", *OVERLAPS, *DISTANCES, *FLAGS, "diagonal_voxel", "diagonal_mm"}
+
+
+class Shared(list):
+    """A list that the copies of its owner share."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 class Oracle(Method):
@@ -24,7 +35,7 @@ class Oracle(Method):
 
     def __init__(self, shown=lambda label: label, dims=3):
         super().__init__(None, Task(len(CLASSES), dims), None)
-        self.shown, self.modes, self.shapes = shown, [], []
+        self.shown, self.modes, self.shapes = shown, Shared(), Shared()
 
     def predict(self, image):
         self.modes.append(self.training)
@@ -125,7 +136,7 @@ def test_the_method_is_in_evaluation_mode_and_every_case_is_told():
 
 def test_segment_gives_a_class_map():
     store = Store()
-    found = segment(Oracle(), store.image("small"), PATCH, STRIDE, "cpu")
+    found = segment(Oracle().predict, store.image("small"), PATCH, STRIDE, "cpu")
     assert found.dtype == torch.uint8
     assert np.array_equal(found.numpy(), store.label("small"))
 
@@ -163,17 +174,41 @@ def test_slices_lose_what_the_patch_cannot_show():
 
 def test_segment_slices_gives_a_class_map():
     method, image = Oracle(dims=2), Store().image("small")
-    found = segment_slices(method, image, (24, 40), "cpu")
+    found = segment_slices(method.predict, image, (24, 40), "cpu")
     assert found.dtype == torch.uint8 and found.shape == image.shape[1:]
     assert np.array_equal(found.numpy(), Store().label("small"))
 
 
 def test_probabilities_are_those_that_segment_chooses_by():
     image = Store().image("large")
-    found = probabilities(Oracle(), image, PATCH, STRIDE, "cpu")
+    found = probabilities(Oracle().predict, image, PATCH, STRIDE, "cpu")
     assert found.dtype == torch.float32 and found.shape == (len(CLASSES), *image.shape[1:])
     torch.testing.assert_close(found.sum(0), torch.ones(image.shape[1:]))
-    assert torch.equal(found.argmax(0), segment(Oracle(), image, PATCH, STRIDE, "cpu").long())
+    assert torch.equal(found.argmax(0), segment(Oracle().predict, image, PATCH, STRIDE, "cpu").long())
+
+
+class Network(Method):
+    """A small V-Net."""
+
+    def __init__(self):
+        super().__init__(None, Task(3), None)
+        torch.manual_seed(0)
+        self.net = networks.Build("vnet", 3, NetSpec(1, PATCH16, 4))()
+
+    def predict(self, image):
+        return self.net(image).logits.softmax(1)
+
+
+def test_half_precision_is_near_and_something_else():
+    method, image = Network().train(), torch.randn((1, 18, 20, 17), generator=torch.Generator().manual_seed(0)).numpy()
+    found = {name: probabilities(predictor(method, "cpu", name), image, PATCH16, (8, 8, 8), "cpu")
+             for name in ("32-true", "bf16-mixed")}
+    assert method.training and all(p.dtype == torch.float32 for p in (*method.parameters(), *found.values()))
+    assert 0 < (found["32-true"] - found["bf16-mixed"]).abs().max() < 0.05
+    method.eval()
+    with torch.inference_mode():
+        plain = sliding_window(method.predict, torch.from_numpy(image), PATCH16, (8, 8, 8))
+    torch.testing.assert_close(found["32-true"], plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
@@ -182,8 +217,8 @@ def test_images_may_be_mapped_and_read_only(tmp_path):
     image = np.memmap(tmp_path / "image", np.float32, "r", shape=(1, 12, 20, 7))
     torch.set_warn_always(True)
     try:
-        assert np.array_equal(segment(Oracle(), image, PATCH, STRIDE, "cpu"), Store().label("small"))
-        assert np.array_equal(segment_slices(Oracle(dims=2), image, (12, 20), "cpu"), Store().label("small"))
+        assert np.array_equal(segment(Oracle().predict, image, PATCH, STRIDE, "cpu"), Store().label("small"))
+        assert np.array_equal(segment_slices(Oracle(dims=2).predict, image, (12, 20), "cpu"), Store().label("small"))
     finally:
         torch.set_warn_always(False)
 

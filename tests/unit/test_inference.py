@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import zoom
 
-from ssl4mis.inference import by_planes, sliding_window, window_starts
+from ssl4mis.inference import by_planes, coverage, sliding_window, window_starts
 
 
 def voxelwise(image):
@@ -99,6 +99,27 @@ def test_the_batch_size_does_not_matter(batch):
     image = torch.randn(1, 20, 19, 13, generator=torch.Generator().manual_seed(2))
     expected = sliding_window(by_position, image, (8, 8, 8), (4, 3, 5))
     assert torch.equal(sliding_window(by_position, image, (8, 8, 8), (4, 3, 5), batch=batch), expected)
+
+
+def test_a_device_that_is_too_small_gets_one_window_at_a_time():
+    image, sizes = torch.randn(1, 20, 19, generator=torch.Generator().manual_seed(2)), []
+
+    def small(windows):
+        sizes.append(len(windows))
+        if len(windows) > 1:
+            raise torch.OutOfMemoryError
+        return by_position(windows)
+
+    expected = sliding_window(by_position, image, (8, 8), (4, 3))
+    assert torch.equal(sliding_window(small, image, (8, 8), (4, 3), batch=4), expected)
+    assert sizes == [4] + [1] * len(window_starts((20, 19), (8, 8), (4, 3)))
+
+
+@pytest.mark.parametrize(("length", "patch", "stride"), [(10, 4, 3), (4, 4, 1), (11, 4, 5), (9, 8, 8)])
+def test_coverage_counts_windows(length, patch, stride):
+    expected = [sum(start <= voxel < start + patch for (start,) in window_starts((length,), (patch,), (stride,)))
+                for voxel in range(length)]
+    assert coverage(length, patch, stride).tolist() == expected
 
 
 def test_half_precision_predictions_are_summed_in_float32():

@@ -265,6 +265,8 @@ def test_markdown_shows_measured_rows_only():
     assert (
         "| ua_mt | 16 | vnet | 2+2 | 3000 | 32-true | 85.00 ± 7.07 | 42.50 | 2.00 | 2.00 | 0 | 2 | yes | 2.50 |" in text
     )
+    fast = make(0.6, evaluation__precision="bf16-mixed", evaluation__patch=[8])
+    assert "| 32-true, scored in bf16-mixed | 60.00 |" in leaderboard.markdown(leaderboard.rows([fast], []))
     assert "| dtc | 16 | vnet | 2+2 | 3000 | 32-true | 70.00 |" in text and "cpu: a\\|b" in text
     assert "paper |" not in text
     assert leaderboard.markdown(leaderboard.rows([], [reported()])) == "No measured rows yet.\n"
