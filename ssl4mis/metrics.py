@@ -22,11 +22,13 @@ both give the same numbers. With unit spacing squared distances are integers, so
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial import KDTree
+
+from ssl4mis.optional import optional
 
 DISTANCES = ("hd95", "hd95_max", "asd", "assd")
 Lists = tuple[np.ndarray, np.ndarray]  # of the surface voxels of the prediction and of the truth, each in C order
@@ -135,14 +137,8 @@ def _overlap(voxels: tuple[int, int, int]) -> tuple[float, float]:
     return (2.0 * common / total, common / (total - common)) if total else (1.0, 1.0)
 
 
-@cache
 def _compiled():
-    """The module `ssl4mis.surface`, or None without numba or where its cache has no place."""
-    try:
-        from ssl4mis import surface
-    except (ImportError, RuntimeError):  # the latter from numba, which would compile anew in every process
-        return None
-    return surface
+    return optional("ssl4mis.surface")
 
 
 def _pair(pred: np.ndarray, truth: np.ndarray) -> _Pair:

@@ -89,7 +89,7 @@ def _ones(word):
 
 
 @compiled
-def _lowest(word):
+def lowest(word):
     """Place of the lowest set bit of a word that is not 0."""
     return _ones((word & (~word + ONE)) - ONE)
 
@@ -202,7 +202,7 @@ def _surface(rows):
             for k in range(words):
                 word = outer[x, y, k]
                 while word:
-                    places[i] = 64 * k + _lowest(word)
+                    places[i] = 64 * k + lowest(word)
                     word &= word - ONE
                     i += 1
     return start, places

@@ -18,7 +18,8 @@ TORCH = ("torch", "torchvision", "torchmetrics", "monai", "safetensors.torch", *
 LAYERS = (
     ("networks", "data_prep"),
     tuple(f"ssl4mis.{m}" for m in
-          "errors method batch losses schedules ops augment inference distance correlation metrics surface".split()),
+          "errors method batch losses schedules ops augment inference distance correlation metrics optional surface "
+          "edt components kernels".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
     ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict"),

@@ -100,7 +100,8 @@ class BCP(Method):
                 return Losses({"supervised": self.loss(logits, torch.where(inside, label_b, label_a))})
             return Losses({"supervised": self.loss(logits, label_a, outside) + self.loss(logits, label_b, inside)})
         free_a, free_b = unlabeled.chunk(2)
-        # The student's passes are queued before the pseudo labels are asked for: they run while the CPU labels.
+        # The student's passes are queued before the pseudo labels are asked for: where the CPU finds components, they
+        # run while it does.
         pseudo = self.pseudo_labels(unlabeled)
         inward = self.student(torch.where(inside, free_a, image_a)).logits
         outward = self.student(torch.where(inside, image_b, free_b)).logits

@@ -1,15 +1,31 @@
-"""Distance transforms: hand-computed maps, a comparison of all pairs of voxels, and torch against SciPy."""
+"""Distance transforms: hand-computed maps, a comparison of all pairs of voxels, and all ways against SciPy."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl4mis import distance as module
-from ssl4mis.distance import distance, signed_distance, squared_distance
+from ssl4mis.distance import distance, other_side, signed_distance, squared_distance
 
 SHAPES = [(17,), (1, 9), (13, 10), (7, 1, 5), (9, 12, 6), (3, 4, 5, 2)]
 DENSITIES = [0.0, 0.03, 0.5, 0.97, 1.0]
+
+
+@pytest.fixture(params=["numba", "SciPy"], autouse=True)
+def host(request, monkeypatch):
+    """Every test runs with and without the compiled kernels."""
+    if request.param == "SciPy":
+        monkeypatch.setattr(module, "optional", lambda name: None)
+    else:
+        pytest.importorskip("numba", reason="numba is not installed")
+        assert module.optional("ssl4mis.edt") is not None
+    return request.param
 
 
 def masks(shape, seed=0):
@@ -89,6 +105,90 @@ def test_a_view_of_a_batch():
     assert torch.equal(distance(batch), distance(batch.contiguous()))
 
 
+# --- both sides --------------------------------------------------------------------------------------------------
+
+
+def definition(mask):
+    """`other_side` of one sample by SciPy."""
+    if mask.all() or not mask.any():
+        return torch.full(mask.shape, -torch.inf if mask.all() else torch.inf)
+    outside, inside = (torch.from_numpy(distance_transform_edt(side)).float() for side in (~mask, mask))
+    return outside - inside
+
+
+def test_both_sides_of_a_line_by_hand():
+    line = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert other_side(line).tolist() == [[1, -1, -2, -2, -1, 1, 2, 3]]
+    assert other_side(line[:, :1]).item() == torch.inf and other_side(line[:, 1:2]).item() == -torch.inf
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 4])
+def test_against_scipy_to_the_last_bit(dimensions):
+    rng = np.random.default_rng(dimensions)
+    for _ in range(60):
+        shape = tuple(rng.integers(1, {1: 300, 2: 50, 3: 22, 4: 8}[dimensions], dimensions))
+        mask = rng.random(shape) < rng.choice([0.002, 0.02, 0.3, 0.5, 0.9, 0.99, 0.998])
+        found = other_side(torch.from_numpy(mask)[None])
+        assert found.dtype == torch.float32 and torch.equal(found[0], definition(mask))
+
+
+@pytest.mark.parametrize("shape", [
+    (253, 4, 3), (254, 3, 4), (255, 4, 3), (256, 3, 4), (300, 6, 5), (5, 300, 6), (4, 5, 300), (2, 255, 255),  # 2^8
+    (128, 128, 128), (100, 130, 120), (150, 20, 160), (148, 148, 20), (180, 181), (181, 182), (300, 400),  # 2^16
+    (1, 46000), (1, 50000),  # 2^31
+], ids=shape_id)  # fmt: skip
+def test_sides_where_types_change(shape):
+    """Corner to corner are the largest distances that there are."""
+    corner = np.zeros(shape, bool)
+    corner.flat[0] = True
+    spots = np.random.default_rng(0).random(shape) < 5 / np.prod(shape)
+    spots.flat[-1] = True
+    found = other_side(torch.from_numpy(np.stack([corner, ~corner, np.flip(corner), spots])))
+    for mask, mine in zip((corner, ~corner, np.flip(corner), spots), found, strict=True):
+        assert torch.equal(mine, definition(mask))
+
+
+def test_masks_as_labels_are():
+    """Smooth bodies, which rows do not leave at once: bounds from neighboring rows count."""
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (60, 50, 40)), indexing="ij"), -1)
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        balls = [(np.square(grid - rng.uniform(0, 60, 3)).sum(-1) < rng.uniform(2, 25) ** 2) for _ in range(3)]
+        mask = np.logical_or.reduce(balls) & (grid[..., 2] > rng.integers(0, 20))
+        assert torch.equal(other_side(torch.from_numpy(mask)[None])[0], definition(mask))
+
+
+def test_the_mask_is_left_alone_and_threads_do_not_matter():
+    batch = masks((12, 14, 33))
+    before, threads = batch.clone(), torch.get_num_threads()
+    expected = other_side(batch)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(other_side(batch), expected) and torch.equal(batch, before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_operator_that_can_be_traced():
+    batch = masks((6, 5, 4))
+    torch.library.opcheck(other_side, (batch,))
+    with FakeTensorMode():
+        fake = torch.zeros(3, 6, 5, 4, dtype=torch.bool)
+        for found in (signed_distance(fake, "right"), distance(fake)):
+            assert found.shape == fake.shape and found.dtype == torch.float32
+    traced = torch.compile(signed_distance, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(batch, "right"), signed_distance(batch, "right"))
+
+
+def test_compilers_are_imported_when_they_are_needed():
+    code = """if True:
+        import sys
+        from ssl4mis import distance, ops
+        sys.exit(any(name in sys.modules for name in ("numba", "ssl4mis.kernels")))
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(module.__file__).parents[1]).returncode == 0
+
+
 # --- signed distance -----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +250,19 @@ def test_another_word_for_empty_is_an_error():
         signed_distance(cube(), "zero")
 
 
+@pytest.mark.parametrize("empty", ["right", "legacy"])
+@pytest.mark.parametrize("shape", [(9,), (13, 10), (9, 12, 6)], ids=shape_id)
+def test_the_definition_in_float32(shape, empty):
+    batch = masks(shape, 4)
+    for mask, found in zip(batch, signed_distance(batch, empty), strict=True):
+        sides = definition(mask.numpy())
+        lonely = 1.0 if empty == "right" else 0.0
+        outside, inside = (side.clamp(min=0).nan_to_num(posinf=lonely) for side in (sides, -sides))
+        expected = outside / outside.max().clamp(min=1) - inside / inside.max().clamp(min=1)
+        assert torch.equal(found, expected.masked_fill(sides == -1, 0))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("empty", ["right", "legacy"])
 def test_a_gpu_gives_the_same_without_waiting(empty):
