@@ -68,6 +68,7 @@ class Backbone(nn.Module):
         encoder_strides: per encoder level and axis, voxels of the input per voxel of the feature map.
         multiple: per axis, what the sides of an input must be divisible by.
         head_bias: whether the 1x1 convolutions on top have a bias.
+        checkpointed: what `checkpointing.recompute_stages` takes as stages; decoders have this attribute, too.
     """
 
     spatial_dims: int
@@ -76,6 +77,7 @@ class Backbone(nn.Module):
     encoder_strides: tuple[tuple[int, ...], ...]
     multiple: tuple[int, ...]
     head_bias: bool = True
+    checkpointed: tuple[str, ...] = ("stages",)
 
     def describe_levels(self, spec: NetSpec, levels: int) -> None:
         """Set the attributes of a network that doubles channels and halves sides from each level to the next."""

@@ -1,93 +1,116 @@
-"""Batch norm that is exact and fast in channels_last on the CPU.
+"""Batch norm that is exact and fast in channels_last on the CPU, together with the ReLU behind it.
 
 torch's CPU kernel is inexact there (1e-3 of the variance at full-size patches, depending on the number of threads) and
-slow where channels are few. Here a channel's voxels are dealt out to many lanes, each lane is
-summed by torch's kernel, and the lanes are combined in float64. Other layouts and devices use torch's own batch norm.
+slow where channels are few. `networks.fused` is neither; without numba and for other types the contiguous layout is
+exact. Other layouts and devices, and compiled networks, use torch's own batch norm.
 """
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
-LANES = 512  # columns to sum side by side: channels times groups of voxels
 
-
-def _lanes(x: Tensor) -> tuple[Tensor, int]:
-    """Channels_last (B, C, *space) as a matrix (rows, groups * C) without a copy, and the number of groups."""
-    channels = x.shape[1]
-    matrix = x.movedim(1, -1).reshape(-1, channels)
-    groups = 1
-    while matrix.shape[0] % (2 * groups) == 0 and 2 * groups * channels <= LANES:
-        groups *= 2
-    return matrix.view(-1, groups * channels), groups
+def last(dims: int) -> torch.memory_format:
+    """The memory format with channels last."""
+    return torch.channels_last_3d if dims == 3 else torch.channels_last
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    last = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    return x.is_contiguous(memory_format=last) and not x.is_contiguous()
+    return x.is_contiguous(memory_format=last(x.ndim - 2)) and not x.is_contiguous()
 
 
-class _LaneNorm(torch.autograd.Function):
-    """Training-mode batch norm of a channels_last tensor; also returns the batch's mean and variance, float64 (C,)."""
+@cache
+def _compiled():
+    """The module `networks.fused`, or None without numba or where its cache has no place."""
+    try:
+        from networks import fused
+    except (ImportError, RuntimeError):
+        return None
+    return fused
+
+
+def inexact(x: Tensor) -> bool:
+    """Whether torch's own norms of this tensor are inexact or slow, so that another way is due."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_channels_last(x)
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether `Normalize` can take an `inexact` tensor."""
+    return x.dtype in (torch.float32, torch.bfloat16) and _compiled() is not None
+
+
+def slope(activation: nn.Module | None) -> float:
+    """What negative values are multiplied by in an activation."""
+    if activation is None:
+        return 1.0
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """Sums of (B, C, *space) over all but the channels, (C,) float32 or wider."""
+    if inexact(x) and fusible(x):
+        return _compiled().column_sums(x)
+    return x.sum((0, *range(2, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class Normalize(torch.autograd.Function):
+    """Norm and ReLU by statistics of the batch; also returns mean and variance, as `networks.fused.normalize`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        """x (B, C, *space) channels_last; weight and bias (C,)."""
-        lanes, groups = _lanes(x)
-        # buffers in float32 make torch return float32 statistics of half-precision inputs too; momentum 0 leaves them
-        unused = torch.zeros(2, lanes.shape[1])
-        means, variances = torch.batch_norm_update_stats(lanes, unused[0], unused[1], 0.0)
-        means, variances = means.double().view(groups, -1), variances.double().view(groups, -1)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps = eps
-        out = _affine(lanes, groups, mean, variance, weight, bias, eps)
+    def forward(ctx, x, weight, bias, eps, slope, units):
+        out, mean, variance = _compiled().normalize(x, weight, bias, eps, slope, units)
+        ctx.save_for_backward(x, weight, bias, mean, variance)
+        ctx.settings = eps, slope
         ctx.mark_non_differentiable(mean, variance)
-        return _like(out, x), mean, variance
+        return out, mean, variance
 
     @staticmethod
     def backward(ctx, grad, *_):
-        """Gradients of x, weight and bias; sums over voxels are taken lane by lane, as in `forward`."""
-        x, weight, mean, variance = ctx.saved_tensors
-        lanes, groups = _lanes(x)
-        if not _is_channels_last(grad):
-            grad = grad.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
-        grads, _ = _lanes(grad.to(x.dtype))
-        statistics = [t.float().repeat(groups) for t in (mean, variance)]
-        _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            grads, lanes, weight.repeat(groups), *statistics, *statistics, False, ctx.eps, [False, True, True])
-        by_weight, by_bias = by_weight.double().view(groups, -1).sum(0), by_bias.double().view(groups, -1).sum(0)
-        count = lanes.numel() // len(mean)
-        scale = weight.double() * (variance + ctx.eps).rsqrt()
-        # grad_x = scale * (grad - mean(grad) - normalized(x) * mean(grad * normalized(x)))
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        through_x = _affine(grads, groups, zero, one, scale, -scale * by_bias / count, 0.0)
-        through_variance = _affine(lanes, groups, mean, variance, -scale * by_weight / count, zero, ctx.eps)
-        return _like(through_x + through_variance, x), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None
+        x, weight, *others = ctx.saved_tensors
+        grad = grad.to(x.dtype).contiguous(memory_format=last(x.ndim - 2))
+        by_x, *rest = _compiled().gradients(grad, x, weight, *others, *ctx.settings)
+        return by_x, *(None if weight is None else g.to(weight.dtype) for g in rest), None, None, None
 
 
-def _affine(lanes, groups, mean, variance, weight, bias, eps) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, in one pass."""
-    parameters = [t.float().repeat(groups) for t in (weight, bias, mean, variance)]
-    return torch.native_batch_norm(lanes, *parameters, False, 0.0, eps)[0]
+class _ChannelsLast(torch.autograd.Function):
+    """To channels_last, and gradients back: torch's 2D instance norm of one sample errs where only they are in it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous(memory_format=last(x.ndim - 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
 
 
-def _like(lanes: Tensor, x: Tensor) -> Tensor:
-    """A fresh lane matrix as a tensor laid out like x; no autograd view, so that ReLU may work in place."""
-    return x.new_empty(0).set_(lanes.untyped_storage(), 0, x.shape, x.stride())
+def relaid(norm, x: Tensor) -> Tensor:
+    """What torch's own norm makes of a channels_last tensor in the contiguous layout, in channels_last."""
+    return _ChannelsLast.apply(norm(x.contiguous()))
 
 
 class _ExactBatchNorm:
-    def forward(self, x: Tensor) -> Tensor:
-        usual = self.affine and self.track_running_stats and self.momentum is not None and x.dtype != torch.float64
-        if not (usual and self.training and x.device.type == "cpu" and _is_channels_last(x)):
-            return super().forward(x)
-        out, mean, variance = _LaneNorm.apply(x, self.weight, self.bias, self.eps)
-        count = x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / max(count - 1, 1)).to(self.running_var.dtype), self.momentum)
-        return out
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        """The norm, and where an activation (a ReLU, leaky or not) is given what it makes of that."""
+        usual = self.affine and self.track_running_stats and self.momentum is not None
+        if not (self.training and usual and inexact(x)):
+            out = super().forward(x)
+        elif not fusible(x):
+            out = relaid(super().forward, x)
+        else:
+            out, mean, variance = Normalize.apply(x, self.weight, self.bias, self.eps, slope(activation), 1)
+            self._follow(mean[0], variance[0], x.numel() // x.shape[1])
+            return out
+        return out if activation is None else activation(out)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics towards those of `count` values per channel."""
+        self.num_batches_tracked.add_(1)
+        variance = variance * count / max(count - 1, 1)
+        for statistic, seen in ((self.running_mean, mean), (self.running_var, variance)):
+            # by `data` as torch's kernel does, which saves them for a backward pass that never reads them
+            statistic.data.lerp_(seen.to(statistic.dtype), self.momentum)
 
 
 class BatchNorm2d(_ExactBatchNorm, nn.BatchNorm2d):

@@ -36,6 +36,8 @@ class Decoder(nn.Module):
         dropout: rates of channel dropout, fine to coarse; None or () for none.
     """
 
+    checkpointed = ("stages",)
+
     def __init__(self, dims: int, stages: Iterable[nn.Module], dropout: tuple[float, ...] | None):
         super().__init__()
         self.stages = exact(nn.ModuleList(stages))

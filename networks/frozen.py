@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from networks.base import channels_last
-from networks.blocks import CONVOLUTIONS
+from networks.blocks import CONVOLUTIONS, Layers
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+CHAINS = (nn.Sequential.forward, Layers.forward)  # subclasses with others may call their children in another order
 
 
 def frozen(module: nn.Module, dims: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -27,7 +28,7 @@ def frozen(module: nn.Module, dims: int, device: torch.device, dtype: torch.dtyp
         dtype: of convolutions on the CPU; with torch.bfloat16 the copy must run under autocast.
     """
     made = copy.deepcopy(module).eval().requires_grad_(False).to(device, memory_format=channels_last(dims))
-    for parent in [m for m in made.modules() if type(m).forward is nn.Sequential.forward]:
+    for parent in [m for m in made.modules() if type(m).forward in CHAINS]:
         _fold(parent)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         for parent in list(made.modules()):
@@ -44,7 +45,7 @@ def _fold(chain: nn.Sequential) -> None:
 
 def _call_onednn(parent: nn.Module, dtype: torch.dtype) -> None:
     children = list(parent.named_children())
-    in_order = type(parent).forward is nn.Sequential.forward
+    in_order = type(parent).forward in CHAINS
     for place, (name, conv) in enumerate(children):
         if not isinstance(conv, CONVOLUTIONS) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue

@@ -1,24 +1,24 @@
-"""Instance norm that stays in channels_last on the CPU, exact and fast.
+"""Instance norm that stays in channels_last on the CPU, exact and fast, together with the ReLU behind it.
 
 torch's instance norm copies a channels_last tensor to the contiguous layout and leaves it there, so that every
 convolution after it copies it back. Its group norm keeps the layout, but is inexact in float32 (1e-4) and slow
-backwards in half precision. Here each sample goes through the exact batch norm. Other layouts and devices use torch's
-own instance norm.
+backwards in half precision. Other layouts and devices, and compiled networks, use torch's own instance norm.
 """
-import torch
 from torch import Tensor, nn
 
-from networks.batchnorm import _is_channels_last, _LaneNorm
+from networks.batchnorm import Normalize, fusible, inexact, relaid, slope
 
 
 class _ExactInstanceNorm:
-    def forward(self, x: Tensor) -> Tensor:
-        usual = not self.track_running_stats and x.dtype != torch.float64
-        if not (usual and x.device.type == "cpu" and _is_channels_last(x)):
-            return super().forward(x)
-        channels = x.shape[1]
-        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones(channels), torch.zeros(channels))
-        return torch.cat([_LaneNorm.apply(sample, weight, bias, self.eps)[0] for sample in x.split(1)])
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        """The norm, and where an activation (a ReLU, leaky or not) is given what it makes of that."""
+        if self.track_running_stats or not inexact(x):
+            out = super().forward(x)
+        elif not fusible(x):
+            out = relaid(super().forward, x)
+        else:
+            return Normalize.apply(x, self.weight, self.bias, self.eps, slope(activation), len(x))[0]
+        return out if activation is None else activation(out)
 
 
 class InstanceNorm2d(_ExactInstanceNorm, nn.InstanceNorm2d):

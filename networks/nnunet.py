@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec, PatchError
-from networks.blocks import CONV, CONVOLUTIONS, INSTANCE_NORM, UP, level_dropout
+from networks.blocks import CONV, CONVOLUTIONS, INSTANCE_NORM, UP, Layers, level_dropout
 
 SMALLEST = 4  # no axis is pooled below so many voxels
 LIMIT = 20  # most channels, in widths
@@ -74,7 +74,7 @@ def block(dims: int, inputs: int, outputs: int, kernel: tuple[int, ...], stride:
     for channels, step in ((inputs, stride), (outputs, 1)):
         layers += [CONV[dims](channels, outputs, kernel, step, padding=tuple(k // 2 for k in kernel)),
                    INSTANCE_NORM[dims](outputs, affine=True), nn.LeakyReLU(SLOPE, inplace=True)]
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 class Decoder(nn.Module):
@@ -82,6 +82,8 @@ class Decoder(nn.Module):
 
     Its kernels are those of the next coarser level, as in nnU-Net's first version, which SSL4MIS has.
     """
+
+    checkpointed = ("level",)
 
     def __init__(self, dims: int, plan: Plan, dropout: tuple[float, ...]):
         super().__init__()
@@ -94,11 +96,15 @@ class Decoder(nn.Module):
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         x, maps = skips[-1], []
-        ups, blocks = self.stages[::2], self.stages[1::2]
-        for up, convolve, skip, dropout in zip(ups, blocks, reversed(skips[:-1]), reversed(self.dropout), strict=True):
-            x = dropout(convolve(torch.cat([up(x), skip], 1)))
+        for index, skip in enumerate(reversed(skips[:-1])):
+            x = self.level(index, x, skip)
             maps.append(x)
         return maps[::-1]
+
+    def level(self, index: int, x: Tensor, skip: Tensor) -> Tensor:
+        """One level, counted from the coarsest."""
+        up, block = self.stages[2 * index], self.stages[2 * index + 1]
+        return self.dropout[-1 - index](block(torch.cat([up(x), skip], 1)))
 
 
 class NNUNet(Backbone):

@@ -6,7 +6,7 @@ Source: Wang et al., CVPR 2023 (MCF), and the released behavior of WYC-321/MCF; 
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import BATCH_NORM, CONV, kaiming
+from networks.blocks import BATCH_NORM, CONV, Layers, kaiming
 from networks.vnet import Decoder
 
 DEPTHS = (3, 4, 6, 3)  # residual blocks per stage behind the stem
@@ -22,7 +22,7 @@ class Residual(nn.Module):
     def __init__(self, dims: int, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
         conv, norm = CONV[dims], BATCH_NORM[dims]
-        self.inner = nn.Sequential(
+        self.inner = Layers(
             conv(inputs, outputs, 3, stride, padding=1, bias=False), norm(outputs), nn.ReLU(inplace=True),
             conv(outputs, outputs, 3, padding=1, bias=False), norm(outputs))
         same = stride == 1 and inputs == outputs
@@ -45,7 +45,7 @@ class ResVNet(Backbone):
     def __init__(self, spec: NetSpec):
         super().__init__()
         self.describe_levels(spec, len(DEPTHS) + 1)
-        self.stages = nn.ModuleList([nn.Sequential(
+        self.stages = nn.ModuleList([Layers(
             CONV[spec.dims](spec.channels, spec.width, 7, padding=3, bias=False),
             BATCH_NORM[spec.dims](spec.width), nn.ReLU(inplace=True))])
         for inputs, outputs, depth in zip(self.encoder_channels, self.encoder_channels[1:], DEPTHS, strict=False):

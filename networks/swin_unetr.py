@@ -27,8 +27,23 @@ class BottomNorm(nn.Module):
         return self.norm(x) if x.shape[2:].numel() > 1 else x - x
 
 
+class Attention(BasicLayer):
+    """One stage on (B, *space, C): windows, shifted windows, half the resolution; needs no einops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        space = x.shape[1:-1]
+        window, shift = get_window_size(space, self.window_size, self.shift_size)
+        padded = [-(-side // size) * size for side, size in zip(space, window, strict=True)]
+        mask = compute_mask(padded, window, shift, x.device)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.downsample(x)
+
+
 class SwinUNETR(Backbone):
     """Four stages of windowed attention, residual blocks on the skips. Sides must be multiples of 32."""
+
+    checkpointed = ("layers", "skips")
 
     def __init__(self, spec: NetSpec):
         super().__init__()
@@ -40,8 +55,8 @@ class SwinUNETR(Backbone):
         self.multiple = self.encoder_strides[-1]
         self.embed = CONV[dims](spec.channels, width, 2, stride=2)
         self.layers = nn.ModuleList(
-            BasicLayer(width * 2**stage, DEPTH, HEADS * 2**stage, (WINDOW,) * dims, [0.0] * DEPTH, qkv_bias=True,
-                       downsample=PatchMerging, use_flash_attention=True)
+            Attention(width * 2**stage, DEPTH, HEADS * 2**stage, (WINDOW,) * dims, [0.0] * DEPTH, qkv_bias=True,
+                      downsample=PatchMerging, use_flash_attention=True)
             for stage in range(LEVELS - 2))
         inputs = (spec.channels, *self.encoder_channels[1:])
         self.skips = nn.ModuleList(residual(dims, *pair) for pair in zip(inputs, self.encoder_channels, strict=True))
@@ -53,23 +68,12 @@ class SwinUNETR(Backbone):
     def encode(self, x: Tensor) -> list[Tensor]:
         maps = [self.embed(x).movedim(1, -1)]
         for layer in self.layers:
-            maps.append(attend(layer, maps[-1]))
+            maps.append(layer(maps[-1]))
         maps = [functional.layer_norm(m, m.shape[-1:]).movedim(-1, 1) for m in maps]
         return [skip(m) for skip, m in zip(self.skips, (x, *maps), strict=True)]
 
     def new_decoder(self) -> Decoder:
         return decoder(self.spatial_dims, self.encoder_channels, self.drop_rates)
-
-
-def attend(layer: BasicLayer, x: Tensor) -> Tensor:
-    """One stage on (B, *space, C): windows, shifted windows, half the resolution; needs no einops."""
-    space = x.shape[1:-1]
-    window, shift = get_window_size(space, layer.window_size, layer.shift_size)
-    padded = [-(-side // size) * size for side, size in zip(space, window, strict=True)]
-    mask = compute_mask(padded, window, shift, x.device)
-    for block in layer.blocks:
-        x = block(x, mask)
-    return layer.downsample(x)
 
 
 def backbone(spec: NetSpec) -> SwinUNETR:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec, PatchError
-from networks.blocks import CONV, INSTANCE_NORM, kaiming, level_dropout
+from networks.blocks import CONV, INSTANCE_NORM, Layers, kaiming, level_dropout
 
 LEVELS = 5
 DROPOUT = 0.3  # of single values, at the bottom and before the head
@@ -16,12 +16,12 @@ POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
-def block(dims: int, inputs: int, outputs: int) -> nn.Sequential:
+def block(dims: int, inputs: int, outputs: int) -> Layers:
     """Twice: 3x3 convolution with bias, instance norm without parameters, ReLU."""
     layers = []
     for channels in (inputs, outputs):
         layers += [CONV[dims](channels, outputs, 3, padding=1), INSTANCE_NORM[dims](outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 class Decoder(nn.Module):
@@ -29,6 +29,8 @@ class Decoder(nn.Module):
 
     `dropout` has one module per level, fine to coarse.
     """
+
+    checkpointed = ("level",)
 
     def __init__(self, dims: int, channels: tuple[int, ...], dropout: nn.ModuleList):
         super().__init__()
@@ -38,11 +40,15 @@ class Decoder(nn.Module):
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         x, maps = skips[-1], []
-        for stage, skip, dropout in zip(self.stages, reversed(skips[:-1]), reversed(self.dropout), strict=True):
-            x = nn.functional.interpolate(x, size=skip.shape[2:], mode=self.mode)
-            x = dropout(stage(torch.cat([skip, x], 1)))
+        for index, skip in enumerate(reversed(skips[:-1])):
+            x = self.level(index, x, skip)
             maps.append(x)
         return maps[::-1]
+
+    def level(self, index: int, x: Tensor, skip: Tensor) -> Tensor:
+        """One level, counted from the coarsest."""
+        x = nn.functional.interpolate(x, size=skip.shape[2:], mode=self.mode)
+        return self.dropout[-1 - index](self.stages[index](torch.cat([skip, x], 1)))
 
 
 class UNet(Backbone):

@@ -40,6 +40,8 @@ class UNETR(Backbone):
     Sides must be multiples of 16. Positions belong to the patch of the spec; for another size they are interpolated.
     """
 
+    checkpointed = ("layers", "skips")
+
     def __init__(self, spec: NetSpec):
         super().__init__()
         dims, hidden = spec.dims, HIDDEN * spec.width

@@ -15,6 +15,8 @@ DROPOUT = 0.5  # at the bottom and before the head
 class Decoder(nn.Module):
     """Four times: up, add the skip, convolutions, channel dropout at the rates given, fine to coarse."""
 
+    checkpointed = ("level",)
+
     def __init__(self, dims: int, channels: tuple[int, ...], dropout: tuple[float, ...]):
         super().__init__()
         levels = range(len(channels) - 1, 0, -1)
@@ -26,10 +28,15 @@ class Decoder(nn.Module):
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         x, maps = skips[-1], []
-        for index, (skip, dropout) in enumerate(zip(reversed(skips[:-1]), reversed(self.dropout), strict=True)):
-            x = dropout(self.stages[2 * index + 1](self.stages[2 * index](x) + skip))
+        for index, skip in enumerate(reversed(skips[:-1])):
+            x = self.level(index, x, skip)
             maps.append(x)
         return maps[::-1]
+
+    def level(self, index: int, x: Tensor, skip: Tensor) -> Tensor:
+        """One of the four, counted from the coarsest."""
+        up, block = self.stages[2 * index], self.stages[2 * index + 1]
+        return self.dropout[-1 - index](block(up(x) + skip))
 
 
 class VNet(Backbone):

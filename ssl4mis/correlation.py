@@ -134,7 +134,7 @@ def sample_rows(sampling: str, count: int, foreground: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shapes(correlation: Tensor, rows: Tensor, grid, space, mode: str = "soft_full") -> Iterator[Tensor]:
-    """Class-agnostic shapes from rows of the correlation, by chunks of rows, (B, R, *cells) bool.
+    """Class-agnostic shapes from rows of the correlation, by chunks of rows, (B, R, *cells), 0 or 1 as float32.
 
     A row is scaled to [0, 1] and cut at 0.5; a constant row is an empty shape. "soft_full" enlarges before the cut, so
     that cells are voxels (CorrMatch's code); "binary_coarse" cuts on the grid (its paper), and cells are the grid's.
@@ -146,8 +146,8 @@ def shapes(correlation: Tensor, rows: Tensor, grid, space, mode: str = "soft_ful
         if mode == "soft_full":
             maps = enlarge(maps, space)
         values = maps.flatten(2)
-        low, high = values.aminmax(dim=2, keepdim=True)
-        yield ((values > (low + high) / 2) & varies).view(maps.shape)
+        middle = (values.amin(2, keepdim=True) + values.amax(2, keepdim=True)) / 2  # aminmax takes ten times as long
+        yield values.gt_(torch.where(varies, middle, torch.inf)).view(maps.shape)
 
 
 def cell_sums(values: Tensor, cells) -> Tensor:
@@ -169,7 +169,7 @@ def propagate_regions(label: Tensor, confident: Tensor, allowed: Tensor, chunks:
     Args:
         label: (B, *space) pseudo-labels.
         confident, allowed: (B, *space) bool; what is not allowed is no part of any shape.
-        chunks: shapes, (B, R, *cells) bool; a cell is a voxel or a block of voxels.
+        chunks: shapes, (B, R, *cells), 0 or 1; a cell is a voxel or a block of voxels.
         tau: 0-d.
         classes: number of classes.
         order: "sequential" or "parallel".
@@ -177,17 +177,22 @@ def propagate_regions(label: Tensor, confident: Tensor, allowed: Tensor, chunks:
     space, numbers, chunks = label.shape[1:], torch.arange(classes, device=label.device), iter(chunks)
     first = next(chunks)
     cells = first.shape[2:]
-    voters = cell_sums(torch.stack([(label == k) & confident & allowed for k in range(classes)], 1).float(), cells)
-    room, total = cell_sums(allowed[:, None].float(), cells)[:, 0], voters.sum(1, keepdim=True)
-    written = torch.full(room.shape, -1, dtype=torch.int16, device=label.device)
-    for shape in (shape for chunk in chain([first], chunks) for shape in chunk.flatten(2).unbind(1)):
-        votes, size = (voters * shape[:, None]).sum(2), (room * shape).sum(1)
-        (most, winner), agreed = votes.max(1), votes.sum(1)
-        good = (agreed / size >= tau) & (most / agreed > tau)  # 0/0 is NaN, which is neither
-        chosen, winner = shape & good[:, None], winner[:, None]
-        written = torch.where(chosen, winner.to(written.dtype), written)
-        if order == "sequential":
-            voters = torch.where(chosen[:, None], (numbers == winner)[:, :, None] * total, voters)
+    votes = [(label == k) & confident & allowed for k in range(classes)]
+    counts = cell_sums(torch.stack([*votes, allowed], 1).float(), cells)  # whole numbers, exact as float32
+    voters, total = counts[:, :-1], counts[:, :-1].sum(1, keepdim=True)
+    written = torch.full_like(counts[:, 0], -1)
+    with torch.autocast(label.device.type, enabled=False):
+        for shape in (shape for chunk in chain([first], chunks) for shape in chunk.flatten(2).unbind(1)):
+            shape = shape.float()[:, None]
+            inside = (shape @ counts.transpose(1, 2))[:, 0]
+            (most, winner), agreed = inside[:, :-1].max(1), inside[:, :-1].sum(1)
+            good = (agreed / inside[:, -1] >= tau) & (most / agreed > tau)  # 0/0 is NaN, which is neither
+            if label.device.type == "cpu" and not good.any():  # elsewhere looking would mean waiting
+                continue
+            chosen = shape * good[:, None, None]
+            written.lerp_(winner[:, None].float(), chosen[:, 0])  # where chosen is 1, and as before where it is 0
+            if order == "sequential":
+                voters.lerp_((numbers == winner[:, None])[:, :, None] * total, chosen)
     written = written.unflatten(1, cells)
     for axis, (side, count) in enumerate(zip(space, cells, strict=True), 1):
         written = written.repeat_interleave(side // count, axis)

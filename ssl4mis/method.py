@@ -170,14 +170,13 @@ class Teacher(nn.Module):
     def follow(self, student: nn.Module, step: Tensor) -> None:
         """Move by 1 - decay towards the student; warming up, decay is 1 - 1/(step+1) if that is less, step from 0."""
         mine, theirs = list(self.net.parameters()), list(student.parameters())
+        if self.average == "state":  # but for counters and index tables, which are no averages
+            mine += filter(torch.is_floating_point, self.net.buffers())
+            theirs += filter(torch.is_floating_point, student.buffers())
         share = 1 - self.decay  # a number: bringing a tensor to the device would wait for all that is queued there
         if self.warm_up:
-            share = (1 - ema_decay(step, self.decay)).to(mine[0].device, mine[0].dtype)
-        torch._foreach_lerp_(mine, theirs, [share] * len(mine) if self.warm_up else share)
-        if self.average == "state":
-            for statistic, other in zip(self.net.buffers(), student.buffers(), strict=True):
-                if statistic.is_floating_point():  # counters and index tables are no averages
-                    statistic.lerp_(other, share)
+            share = [(1 - ema_decay(step, self.decay)).to(mine[0].device, mine[0].dtype)] * len(mine)
+        torch._foreach_lerp_(mine, theirs, share)
 
     @torch.no_grad()
     def copy(self, student: nn.Module) -> None:

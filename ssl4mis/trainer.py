@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from networks.base import channels_last
+from networks.compiled import compile_networks
 from ssl4mis import checkpoint
 from ssl4mis.batch import Clock
 from ssl4mis.config import RunSpec
@@ -35,15 +36,17 @@ class TrainingStopped(Exception):
 class Trainer:
     """Trains one method on one loader as a `RunSpec` says, resuming from `folder` when a checkpoint is there.
 
-    `hint` is said where the run would take hours on a CPU.
+    `hint` is said where the run would take hours on a CPU; `log_every`, `save_every` and `compile` as in `RunOptions`.
     """
 
     def __init__(self, method: Method, loader: Loader, spec: RunSpec, folder: Path, hint: str = "",
-                 log_every: int = 25, save_every: int = 250):
+                 log_every: int = 25, save_every: int = 250, compile: str = "none"):
         self.method, self.loader, self.spec, self.folder, self.hint = method, loader, spec, folder, hint
         self.log_every, self.save_every = log_every, save_every
         self.fabric = Fabric(accelerator=loader.device.type, devices=1, precision=spec.precision)
         self.model = self.fabric.setup_module(method.to(memory_format=channels_last(method.task.spatial_dims)))
+        if compile != "none":
+            compile_networks(method, compile)
         self.plan = plan(method.stages(), spec.iterations)
         self.reporter = Reporter(folder / "events.jsonl", spec.iterations, spec.method)
         self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
@@ -76,6 +79,7 @@ class Trainer:
         clock = Clock(torch.tensor(self.step, device=self.loader.device), total, stage.name)
         started, since, first = time.monotonic(), self.done, self.done
         while self.step < total:
+            torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the last step may be overwritten
             terms, watched = self._train_step(clock, stage)
             self.step, self.done = self.step + 1, self.done + 1
             clock = clock._replace(step=clock.step + 1)

@@ -201,7 +201,7 @@ class CorrMatch(Method):
             divergence = F.kl_div(strong.logits.log_softmax(1), target, reduction="none").sum(1)
             losses["kl"] = mean(divergence, mixed.sure(tau), mixed.valid)
         if hp.fp:
-            perturbed = self.net.decode([self.perturb(x[n:]) for x in weak.skips]).logits
+            perturbed = self.net.decode([self.perturb(last(x, -n)) for x in weak.skips]).logits
             losses["feature"] = masked(perturbed, mine.label, sure, mine.valid, hp.u_dice)
         if hp.pixel_prop:
             losses["corr"] = 0.5 * (masked(strong.spread, label, mask, mixed.valid)
@@ -250,6 +250,11 @@ class CorrMatch(Method):
 
     def predict(self, image):
         return self.net(image).logits.softmax(1)
+
+
+def last(features, count):
+    """The last samples of (B, C, *space); sliced with channels last, so that the gradient needs no other layout."""
+    return features.movedim(1, -1)[-count:].movedim(-1, 1)
 
 
 def mean(values, mask, valid):

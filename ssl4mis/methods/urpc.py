@@ -74,13 +74,13 @@ class URPC(Method):
         return {"seg" if level == 0 else f"seg{level}": (classes, level) for level in range(levels)}
 
     def forward(self, batch, clock):
-        n = len(batch.labeled.image)
         maps = torch.stack(list(self.net(batch.image).heads.values()))
-        supervised = torch.stack([segmentation(logits, batch.labeled.label) for logits in maps[:, :n]]).mean()
+        labeled, unlabeled = maps.split([len(batch.labeled.image), len(batch.unlabeled.image)], 1)
+        supervised = torch.stack([segmentation(logits, batch.labeled.label) for logits in labeled]).mean()
         if not len(batch.unlabeled.image):
             return Losses({"supervised": supervised})
         weight = self.consistency_weight(clock)
-        return Losses({"supervised": supervised, "consistency": weight * consistency(maps[:, n:]).mean()},
+        return Losses({"supervised": supervised, "consistency": weight * consistency(unlabeled).mean()},
                       watch={"weight": weight})
 
     def predict(self, image):
@@ -104,5 +104,5 @@ def consistency(maps):
     """
     logs, mean, divergence = disagreement(maps)
     certainty, each = (-divergence).exp(), tuple(range(1, maps.ndim))
-    distance = (mean.exp() - logs.exp()).square() * certainty
+    distance = (mean.exp() - logs.exp()).square().mean(2, keepdim=True) * certainty
     return distance.mean(each) / (certainty.mean(each) + 1e-8) + divergence.mean(each)

@@ -95,10 +95,10 @@ class Setting:
                       (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, "cpu",
                       needs=self.cls.needs)
 
-    def trainer(self, folder, loader=None, seed=0, **changes):
+    def trainer(self, folder, loader=None, seed=0, compile="none", **changes):
         folder.mkdir(parents=True, exist_ok=True)
         return Trainer(self.method(seed), loader or self.loader(), self.spec(**changes), folder, log_every=1,
-                       save_every=3)
+                       save_every=3, compile=compile)
 
     def batch(self, label=None, unlabeled_label=None) -> Batch:
         """The first batch, with other labels for its halves where given."""

@@ -145,9 +145,10 @@ def unlabeled_images_matter(s, store):
     assert not same(mine, theirs), "unlabeled images do not change the loss"
 
 
-def without_batch_statistics(layer, x):
+def without_batch_statistics(layer, x, activation=None):
     """Batch norm as in evaluation: no sample sees another one."""
-    return torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    out = torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    return out if activation is None else activation(out)
 
 
 def steps_are_shares_of_the_run(s):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from networks import batchnorm
 from networks.base import channels_last
-from networks.batchnorm import BatchNorm2d, BatchNorm3d, _is_channels_last
+from networks.batchnorm import BatchNorm2d, BatchNorm3d, _is_channels_last, channel_sums
 
 OURS = {2: BatchNorm2d, 3: BatchNorm3d}
 TORCH = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -29,9 +30,10 @@ def pair(shape, dtype=torch.float64):
     return ours, theirs
 
 
-def forward_backward(layer, x, grad):
-    x = x.detach().requires_grad_()
-    out = layer(x)
+def forward_backward(call, x, grad, layer=None):
+    """What a call gives and the gradients of its input and of a layer's weights, by default of the call's own."""
+    layer, x = layer or call, x.detach().requires_grad_()
+    out = call(x)
     out.backward(grad)
     return {"output": out.detach(), "input": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
 
@@ -135,3 +137,83 @@ def test_no_gradient_is_asked_for():
     with torch.no_grad():
         assert not layer(tensor((2, 4, 8, 8))).requires_grad
     assert layer.num_batches_tracked == 1
+
+
+# --- the ReLU behind it, and where there are no kernels ---------------------------------------------------------------
+
+
+ACTIVATIONS = [nn.ReLU(inplace=True), nn.LeakyReLU(0.01, inplace=True), nn.LeakyReLU(0.3)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 9, 4), (2, 4, 8, 8), (2, 16, 8, 8, 8), (3, 3, 5, 4, 2)], ids=str)
+def test_an_activation_taken_along(shape, activation):
+    ours, theirs = pair(shape)
+    x, grad = tensor(shape), tensor(shape, seed=2)
+    got = forward_backward(lambda x: ours(x, activation), x, grad, ours)
+    expected = forward_backward(lambda x: activation(theirs(x)), x.double().contiguous(), grad.double(), theirs)
+    assert (got["output"] < 0).any() == isinstance(activation, nn.LeakyReLU)
+    for name, value in expected.items():
+        close(got[name], value, 1e-5)
+    for layer in (ours, theirs):
+        layer.eval()
+    close(ours(x, activation), activation(theirs(x.double())), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_matter(dtype):
+    shape, results = (2, 8, 40, 64, 32), []
+    x, grad = tensor(shape, dtype=dtype), tensor(shape, seed=2, dtype=dtype)
+    threads = torch.get_num_threads()
+    for count in (1, 3, 2):
+        layer = BatchNorm3d(8)
+        torch.set_num_threads(count)
+        try:
+            given = forward_backward(lambda x, layer=layer: layer(x, ACTIVATIONS[0]), x, grad, layer)
+        finally:
+            torch.set_num_threads(threads)
+        results.append({**given, "mean": layer.running_mean, "variance": layer.running_var})
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_statistics_far_from_zero():
+    """A sum of squares less a squared mean would leave nothing of the variance."""
+    x = tensor((2, 8, 32, 32, 16), mean=3000.0, sd=0.5)
+    layer = BatchNorm3d(8, momentum=1.0)
+    with torch.no_grad():
+        layer(x)
+    exact = x.double().var(dim=(0, 2, 3, 4))
+    assert ((layer.running_var.double() - exact) / exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 16, 4, 6, 8)], ids=str)
+def test_without_kernels_it_is_exact_too(monkeypatch, shape, dtype):
+    """float16 and float64 have none, and without numba there are none at all."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(batchnorm, "_compiled", lambda: None)
+    ours, theirs = pair(shape)
+    x, grad = tensor(shape, dtype=dtype), tensor(shape, seed=2, dtype=dtype)
+    ours.to(torch.promote_types(dtype, torch.float32))
+    got = forward_backward(lambda x: ours(x, ACTIVATIONS[0]), x, grad, ours)
+    expected = forward_backward(lambda x: ACTIVATIONS[0](theirs(x)), x.double(), grad.double(), theirs)
+    assert got["output"].stride() == x.stride() and got["output"].dtype == dtype
+    for name, value in expected.items():
+        close(got[name], value, 2e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_a_compiled_network_has_torchs_own(monkeypatch):
+    """Inductor takes it apart itself, and could not look into the kernels."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    shape = (2, 4, 8, 8)
+    ours, theirs = pair(shape, torch.float32)
+    x = tensor(shape)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_channels(shape, dtype):
+    for x in (tensor(shape, dtype=dtype), tensor(shape, dtype=dtype).contiguous()):
+        close(channel_sums(x), x.double().sum((0, *range(2, x.ndim))), 1e-5)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from networks.blocks import CONV, Conv3d, kaiming, xavier
+from networks.base import channels_last
+from networks.blocks import BATCH_NORM, CONV, INSTANCE_NORM, UP, Conv3d, Layers, kaiming, xavier
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
@@ -43,3 +44,46 @@ def test_initial_weights_reach_all_convolutions_of_other_libraries():
     before = [layer.weight.clone() for layer in layers]
     kaiming(layers)
     assert not any(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", [BATCH_NORM, INSTANCE_NORM])
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)], ids=str)
+def test_layers_are_a_sequence(dims, norm, activation):
+    """Norm and ReLU as one give what they give one after the other, forwards and backwards."""
+    torch.manual_seed(0)
+    parts = [CONV[dims](2, 4, 3, padding=1), norm[dims](4), activation, norm[dims](4), nn.Identity(), nn.ReLU()]
+    chains, found = (Layers(*parts), nn.Sequential(*parts)), []
+    x = torch.randn(3, 2, *[6] * dims).to(memory_format=channels_last(dims))
+    for chain in chains:
+        chain.zero_grad()
+        image = x.clone().requires_grad_()
+        out = chain(image)
+        out.square().sum().backward()
+        found.append([out.detach(), image.grad, *(p.grad for p in chain.parameters())])
+    assert list(chains[0].state_dict()) == list(chains[1].state_dict())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_transposed_convolution(dims, last, half):
+    """torch's, but that the gradient of the bias is summed in another order."""
+    torch.manual_seed(0)
+    plain = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+    ours, theirs = UP[dims](6, 4, 2, stride=2), plain(6, 4, 2, stride=2)
+    theirs.load_state_dict(ours.state_dict())
+    kind = channels_last(dims) if last else torch.contiguous_format
+    x, found = torch.randn(3, 6, *[5] * dims).to(memory_format=kind), []
+    for layer in (ours, theirs):
+        layer.to(memory_format=kind)
+        image = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = layer(image)
+        (out.float() ** 3).sum().backward()
+        found.append([out.detach(), image.grad, layer.weight.grad, layer.bias.grad])
+    assert isinstance(ours, plain) and all(torch.equal(*pair) for pair in zip(*(f[:-1] for f in found), strict=True))
+    torch.testing.assert_close(found[0][-1], found[1][-1], rtol=2e-2 if half else 1e-5, atol=1e-4)
+    assert torch.equal(ours.requires_grad_(False)(x), theirs.requires_grad_(False)(x))

@@ -190,7 +190,7 @@ def test_shapes_of_any_number_of_rows(mode, grid, space):
     chunks = list(c.shapes(matrix, rows, grid, space, mode))
     assert [chunk.shape[1] for chunk in chunks] == [c.CHUNK, c.CHUNK, 37 - 2 * c.CHUNK]
     found = torch.cat(chunks, 1)
-    assert found.shape == (2, 37, *(space if mode == "soft_full" else grid)) and found.dtype == torch.bool
+    assert found.shape == (2, 37, *(space if mode == "soft_full" else grid)) and found.dtype == torch.float32
     for sample in range(2):
         for index, row in enumerate(rows[sample]):
             assert np.array_equal(found[sample, index], naive_shape(matrix[sample, row].numpy(), grid, space, mode))
