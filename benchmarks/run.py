@@ -16,12 +16,12 @@ def main(argv: list[str]) -> int:
 
         return cards.show(argv)
     specs, options = config.parse(argv)
-    from ssl4mis.run import run  # torch is loaded here, after bad input has been turned away
+    from ssl4mis.run import run, show_plan  # torch is loaded here, after bad input has been turned away
     from ssl4mis.trainer import TrainingStopped
 
     try:
         for spec in specs:
-            run(spec, options)
+            (show_plan if "--memory_plan" in config.in_order(argv) else run)(spec, options)
     except (UserError, data_prep.DataError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

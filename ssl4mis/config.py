@@ -112,6 +112,8 @@ class RunOptions:
         out: folder for records and runs.
         log_every: iterations between logged losses.
         save_every: iterations between checkpoints.
+        compile: the networks in training, by torch.compile; reduce-overhead makes CUDA graphs, which spares launches.
+        checkpointing: recompute activations in the backward pass: about half the memory, a third more time.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,6 +121,8 @@ class RunOptions:
     out: Path = Path("results")
     log_every: int = 25
     save_every: int = 250
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    checkpointing: bool = False
 
 
 WRONG_VALUE = (r'Parser key "([\w.]+)": Expected an? (?:<class \'(\w+)\'>|typing\.Literal\[(.*?)\])\. '
@@ -197,6 +201,7 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--list", action="store_true", help="show methods, networks, data sets and protocols")
     parser.add_argument("--describe", metavar="METHOD", help="print a method's card: idea, options, cost, scores")
+    parser.add_argument("--memory_plan", action="store_true", help="say what memory the run will need; train nothing")
     parser.add_class_arguments(RunSpec, skip={"hp"})
     parser.add_class_arguments(RunOptions)
     try:
@@ -267,6 +272,8 @@ def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOpti
     try:
         for name in ("log_every", "save_every"):
             at_least(1, name, getattr(options, name))
+        if options.checkpointing and options.compile != "none":
+            raise UserError(f"compile {options.compile}: expected none with checkpointing True")
         dataset, root = data_prep.locate(spec.dataset, options.data_root)
         return resolve(spec, dataset), dataclasses.replace(options, data_root=root)
     except (UserError, data_prep.DataError) as error:

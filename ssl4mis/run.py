@@ -13,6 +13,7 @@ import torch
 import data_prep
 import networks
 from networks.base import NetSpec, PatchError
+from networks.checkpointing import recompute_stages
 from ssl4mis import __version__, checkpoint, memory, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
@@ -38,9 +39,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
     record_path = options.out / "records" / f"{spec.id}.json"
     dataset, root = data_prep.locate(spec.dataset, options.data_root)
-    protocol = find_protocol(dataset, spec.protocol)
-    if spec.recipe:
-        protocol = dataclasses.replace(protocol, recipe=spec.recipe)
+    protocol = protocol_of(spec, dataset)
     split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
     cases = [*split.train, *split.extra, *split.test]
     if record_path.exists():
@@ -52,12 +51,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     store.check(cases)
 
     code = code_version()
-    torch.manual_seed(spec.seed)
-    dims = dataset.dims(protocol)
-    spacing = tuple(mm * protocol.downsample for mm in dataset.spacing[:dims])
-    task = Task(len(dataset.task(protocol)), dims, len(dataset.channels(protocol)),
-                (spec.labeled_batch, spec.unlabeled_batch))
-    method = build_method(spec, task, spacing)
+    method = new_method(spec, options, dataset, protocol)
     folder = options.out / "runs" / spec.id
     data = store.provenance(cases) | describe_data(dataset, protocol, store)
     keep_description(folder, spec, data)
@@ -72,7 +66,8 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,
                     (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
                     getattr(torch, spec.storage), method.needs, protocol.slices)
-    trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every)
+    trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every,
+                      options.compile)
     trained = trainer.fit()
 
     say(f"evaluating {len(split.test)} test cases with the last weights")
@@ -85,12 +80,43 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
         "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)}, "code": code,
         "curve": trained["curve"],
     }
+    record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing}
     path = records.write(record, options.out / "records")
     checkpoint.drop_previous(folder)
     scores = run_scores(records.read(path))
     say(f"Dice {100 * scores['dice']:.2f} %, 95HD {scores['hd95_voxel']:.2f} voxels, {scores['missed']} missed, "
         f"{duration(timing['train_seconds'])} of training: {path}")
     return path
+
+
+def show_plan(spec: RunSpec, options: RunOptions, say=print) -> None:
+    """Say what memory a run will need, by what it is for; nothing is trained, and the data need not be there."""
+    from ssl4mis import memory_plan
+
+    device = pick_device(options.device)
+    spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
+    dataset, root = data_prep.locate(spec.dataset, options.data_root)
+    protocol = protocol_of(spec, dataset)
+    split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
+    unlabeled = split.unlabeled(spec.labeled) if spec.unlabeled_batch else ()
+    scans, remark = None, ""
+    try:
+        store = dataset.open(root, protocol)
+        store.check([*split.train, *split.extra, *split.test])
+        scans = memory_plan.sizes(store, (split.labeled(spec.labeled), unlabeled, split.test), protocol.downsample,
+                                  len(dataset.channels(protocol)), getattr(torch, spec.storage))
+    except data_prep.DataError as error:
+        remark = f"without the scans, for one window of a test case: {error}\n"
+    found = memory_plan.plan(lambda: new_method(spec, options, dataset, protocol), spec, device, scans)
+    say(f"{remark}{spec.method} on {device.type} in {spec.precision}, {spec.labeled_batch} + {spec.unlabeled_batch} "
+        f"samples of {'x'.join(map(str, spec.patch))}, {'with' if options.checkpointing else 'without'} checkpointing"
+        f"{'' if options.compile == 'none' else ', as if not compiled'}\n\n{found}")
+
+
+def protocol_of(spec: RunSpec, dataset):
+    """The protocol of a run, with the run's recipe."""
+    protocol = find_protocol(dataset, spec.protocol)
+    return dataclasses.replace(protocol, recipe=spec.recipe) if spec.recipe else protocol
 
 
 def describe_data(dataset, protocol, store) -> dict:
@@ -138,6 +164,19 @@ def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
         "classes": [data["classes"][0], *data["targets"]], "device": {"type": device.type, "name": device_name(device)},
         "environment": environment(),
     }
+
+
+def new_method(spec: RunSpec, options: RunOptions, dataset, protocol) -> Method:
+    """The method of a run as it starts; UserError as of `build_method`."""
+    torch.manual_seed(spec.seed)
+    dims = dataset.dims(protocol)
+    spacing = tuple(mm * protocol.downsample for mm in dataset.spacing[:dims])
+    task = Task(len(dataset.task(protocol)), dims, len(dataset.channels(protocol)),
+                (spec.labeled_batch, spec.unlabeled_batch))
+    method = build_method(spec, task, spacing)
+    if options.checkpointing:
+        recompute_stages(method)
+    return method
 
 
 def build_method(spec: RunSpec, task: Task, spacing: tuple[float, ...]) -> Method:

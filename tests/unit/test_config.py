@@ -191,7 +191,7 @@ def test_every_deciding_value_is_part_of_the_id(field):
 
 
 def test_what_leaves_the_result_alone_is_not_part_of_the_id():
-    settings = "--device cpu --data_root /x --out /y --log_every 1 --save_every 2"
+    settings = "--device cpu --data_root /x --out /y --log_every 1 --save_every 2 --compile none --checkpointing true"
     assert {name for name in dataclasses.asdict(RunOptions())} == set(re.findall(r"--(\w+)", settings))
     assert one(f"{USER} {settings}").id == one(USER).id
 
