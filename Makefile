@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint leaderboard clean
+.PHONY: help demo test lint leaderboard speed clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ lint: $(STAMP) ## check the style
 leaderboard: $(STAMP) ## rebuild leaderboard and method cards from the committed records
 	$(PY) benchmarks/leaderboard.py
 	$(PY) benchmarks/methods.py
+
+speed: $(STAMP) ## time this suite against the peers' way and write docs/speed.md (SPEED_ARGS are passed on)
+	$(PY) benchmarks/speed/all.py $(SPEED_ARGS)
 
 clean: ## remove the environment and the demo's results
 	rm -rf $(VENV) $(DEMO)

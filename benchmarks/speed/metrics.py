@@ -36,11 +36,14 @@ def main(argv=None) -> int:
     parser.add_argument("--data", help="folder of LA (default: that of SSL4MIS_DATA, else phantoms)")
     parser.add_argument("--cases", type=int, default=3, help="with five predictions each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="calls of each way per prediction (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one tiny phantom, one round: does it run?")
     options = parser.parse_args(argv)
+    if options.quick:
+        options.cases = options.rounds = 1
     if min(options.cases, options.rounds) < 1:
         parser.error(f"--cases {options.cases} --rounds {options.rounds}, expected at least 1 of each")
     try:
-        title, cases = common.cases(options.data, options.cases)
+        title, cases = common.cases(options.data, options.cases, common.TINY if options.quick else None)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -69,8 +72,8 @@ def main(argv=None) -> int:
     print(f"numba's first call in this process took {ready:.1f} s (about 7 s where its cache is empty).")
     print("MONAI takes the larger of two directed percentiles for hd95, the others that of the pooled list.")
     common.close(
-        "metrics", ratio(runs, COMPILED), exact, fallback_ratio=ratio(runs, FALLBACK),
-        lowest_ratio=min(ratio([run], COMPILED) for run in runs),
+        "metrics", ratio(runs, COMPILED), exact, {"ratio": 60, "fallback_ratio": 4},
+        fallback_ratio=ratio(runs, FALLBACK), lowest_ratio=min(ratio([run], COMPILED) for run in runs),
         largest_difference=float(max(off[COMPILED].max(), off[FALLBACK].max())), data=title)
     return 0 if exact else 1
 
