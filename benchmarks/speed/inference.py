@@ -25,7 +25,7 @@ from ssl4mis.losses import segmentation
 from ssl4mis.method import Method, Task
 
 PATCH, STRIDE, WIDTH = (112, 112, 80), (18, 18, 4), 16
-CROP, STEPS, RATE = (64, 64, 48), 60, 0.1  # of the training
+CROP, STEPS, RATE = (64, 64, 48), 40, 0.05  # of the training
 PEERS, OURS, HALF = "peers (float32, window by window)", "ours (32-true)", "ours (bf16-mixed)"
 
 
@@ -51,9 +51,9 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     if min(options.cases, options.rounds) < 1:
         parser.error(f"--cases {options.cases} --rounds {options.rounds}, expected at least 1 of each")
-    patch, width, steps, shape = PATCH, WIDTH, STEPS, None
+    patch, width, shape = PATCH, WIDTH, None
     if options.quick:
-        patch, width, steps, shape, options.rounds, options.cases = (32, 32, 32), 4, 10, (56, 52, 40), 1, 1
+        patch, width, shape, options.rounds, options.cases = (32, 32, 32), 4, (56, 52, 40), 1, 1
     try:
         title, cases = common.cases(options.data, options.cases, shape)
     except DataError as error:
@@ -61,7 +61,9 @@ def main(argv=None) -> int:
         return 2
     scans = [cut(case, [side + step for side, step in zip(patch, STRIDE, strict=True)]) for case in cases]
     windows = len(window_starts(scans[0][0].shape[1:], patch, STRIDE))
-    method = train(Net(width), cases, steps, [min(pair) for pair in zip(patch, CROP, strict=True)])
+    torch.manual_seed(0)
+    method = train(Net(width), cases, STEPS, [min(pair) for pair in zip(patch, CROP, strict=True)])
+    settle(method, [image[(slice(None), *map(slice, patch))] for image, _ in scans])
 
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +79,7 @@ def main(argv=None) -> int:
     names = list(runs[0][0])
     flips = {name: sum(int((given[name] != given[PEERS]).sum()) for _, given, _ in runs) for name in names}
     change = {name: float(np.mean([dice[name] - dice[PEERS] for *_, dice in runs])) for name in names}
+    exact = flips[OURS] == 0 and all(given[PEERS].any() for _, given, _ in runs)  # empty maps would prove nothing
     work = flops(method, patch) / 1e9
     print(f"{title}, of each a part of {windows} windows of {'x'.join(map(str, patch))} voxels; V-Net of width "
           f"{width}, {work:.1f} GFLOP a window. Milliseconds of CPU time per window, median [range].")
@@ -87,10 +90,10 @@ def main(argv=None) -> int:
           f"{work * windows * len(runs) / sum(np.median(seconds[name]) for seconds, *_ in runs):.0f}",
           f"{ratio(runs, name):.3g}", str(flips[name]), f"{change[name]:+.5f}"] for name in names]))
     print(f"Mean Dice of the peers' way {100 * np.mean([dice[PEERS] for *_, dice in runs]):.1f} %.")
-    common.close("inference", ratio(runs, OURS), flips[OURS] == 0, {"ratio": 1.6, "bf16_ratio": 6},
+    common.close("inference", ratio(runs, OURS), exact, {"ratio": 1.6, "bf16_ratio": 6},
                  {"bf16_dice_change": 0.0005}, bf16_ratio=ratio(runs, HALF), bf16_dice_change=abs(change[HALF]),
                  data=title)
-    return 0 if flips[OURS] == 0 else 1
+    return 0 if exact else 1
 
 
 def cut(case: common.Case, shape) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +107,6 @@ def cut(case: common.Case, shape) -> tuple[np.ndarray, np.ndarray]:
 
 def train(method: Net, cases: list, steps: int, crop) -> Net:
     """The method after some steps on crops around random voxels of the labels."""
-    torch.manual_seed(0)
     rng = np.random.default_rng(0)
     net = method.net.train().to(memory_format=channels_last(3))
     optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9)
@@ -123,6 +125,15 @@ def train(method: Net, cases: list, steps: int, crop) -> Net:
         segmentation(logits, torch.stack(labels)).backward()
         optimizer.step()
     return method.eval()
+
+
+def settle(method: Net, windows: list[np.ndarray]) -> None:
+    """Let the statistics of batch norm be those of windows, which hold more background than the crops did."""
+    method.train()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for n in range(10):
+            method.net(torch.from_numpy(windows[n % len(windows)])[None])
+    method.eval()
 
 
 def read(folder: str, width: int) -> tuple[Net, np.ndarray]:
