@@ -187,7 +187,8 @@ def propagate_regions(label: Tensor, confident: Tensor, allowed: Tensor, chunks:
             inside = (shape @ counts.transpose(1, 2))[:, 0]
             (most, winner), agreed = inside[:, :-1].max(1), inside[:, :-1].sum(1)
             good = (agreed / inside[:, -1] >= tau) & (most / agreed > tau)  # 0/0 is NaN, which is neither
-            if label.device.type == "cpu" and not good.any():  # elsewhere looking would mean waiting
+            # elsewhere looking would mean waiting, and tensors of other types may have no values
+            if type(good) is Tensor and good.device.type == "cpu" and not good.any():
                 continue
             chosen = shape * good[:, None, None]
             written.lerp_(winner[:, None].float(), chosen[:, 0])  # where chosen is 1, and as before where it is 0
