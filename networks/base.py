@@ -5,9 +5,9 @@ A method asks for `SegNet`s with the heads it needs and reads `Output`; it never
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from networks.batchnorm import channels_last  # noqa: F401  (offered here, defined below the blocks)
 from networks.blocks import CONV, strides
 
 
@@ -163,8 +163,3 @@ def check_patch(backbone: Backbone, patch) -> None:
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def channels_last(spatial_dims: int) -> torch.memory_format:
-    """The memory format that makes convolutions of this dimension fast in half precision."""
-    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 
-def last(dims: int) -> torch.memory_format:
-    """The memory format with channels last."""
-    return torch.channels_last_3d if dims == 3 else torch.channels_last
+def channels_last(spatial_dims: int) -> torch.memory_format:
+    """The memory format that makes convolutions of this dimension fast in half precision."""
+    return torch.channels_last_3d if spatial_dims == 3 else torch.channels_last
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=last(x.ndim - 2)) and not x.is_contiguous()
+    return x.is_contiguous(memory_format=channels_last(x.ndim - 2)) and not x.is_contiguous()
 
 
 @cache
@@ -67,7 +67,7 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, weight, *others = ctx.saved_tensors
-        grad = grad.to(x.dtype).contiguous(memory_format=last(x.ndim - 2))
+        grad = grad.to(x.dtype).contiguous(memory_format=channels_last(x.ndim - 2))
         by_x, *rest = _compiled().gradients(grad, x, weight, *others, *ctx.settings)
         return by_x, *(None if weight is None else g.to(weight.dtype) for g in rest), None, None, None
 
@@ -77,7 +77,7 @@ class _ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return x.contiguous(memory_format=last(x.ndim - 2))
+        return x.contiguous(memory_format=channels_last(x.ndim - 2))
 
     @staticmethod
     def backward(ctx, grad):

@@ -113,7 +113,7 @@ class RunOptions:
         log_every: iterations between logged losses.
         save_every: iterations between checkpoints.
         compile: the networks in training, by torch.compile; reduce-overhead makes CUDA graphs, which spares launches.
-        checkpointing: recompute activations in the backward pass: about half the memory, a third more time.
+        checkpointing: recompute activations in the backward pass: less memory for more time, the same result.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -430,6 +430,7 @@ def resume(bench: Bench) -> None:
             return state(trainer)
 
     def killed() -> dict:
+        """The state after a run that is cut before its fourth step and started again."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             first = bench.trainer(spec, folder)

@@ -135,6 +135,7 @@ class Peers:
             return file["image"][:], file["label"][:]
 
     def sample(self, case: str, rng: np.random.Generator) -> Sample:
+        """A case read, turned as a whole, then cut, with the draws of ours in their order."""
         image, label = self.read(case)
         turns, axis = int(rng.integers(4)), int(rng.integers(2))
         image, label = (np.flip(np.rot90(array, turns), axis).copy() for array in (image, label))

@@ -151,6 +151,7 @@ def medpy(pred: np.ndarray, truth: np.ndarray) -> dict:
 
 
 def monai(pred: np.ndarray, truth: np.ndarray) -> dict:
+    """MONAI's four scores as a way to be timed; nothing where MONAI is not installed."""
     try:
         import torch
         from monai import metrics as tool

@@ -342,6 +342,7 @@ def supervised(method, batch, done) -> dict[str, Tensor]:
 
 
 def mean_teacher(method, batch, done) -> dict[str, Tensor]:
+    """SSL4MIS: cross-entropy and Dice, softmax MSE to the teacher."""
     n, label, unlabeled = len(batch.labeled.image), batch.labeled.label, batch.unlabeled.image
     logits = method.student(batch.image).logits
     supervised = supervised_loss(logits[:n], label)
@@ -352,6 +353,7 @@ def mean_teacher(method, batch, done) -> dict[str, Tensor]:
 
 
 def ua_mt(method, batch, done) -> dict[str, Tensor]:
+    """UA-MT: the same where the entropy of eight noisy passes is low."""
     n, label, unlabeled = len(batch.labeled.image), batch.labeled.label, batch.unlabeled.image
     passes, count = method.hp.passes, len(unlabeled)
     logits = method.student(batch.image).logits
@@ -373,6 +375,7 @@ def ua_mt(method, batch, done) -> dict[str, Tensor]:
 
 
 def dtc(method, batch, done) -> dict[str, Tensor]:
+    """DTC: Dice, squared error of SciPy's distance maps, consistency of both tasks."""
     n, label = len(batch.labeled.image), batch.labeled.label
     heads = method.net(batch.image).heads
     tanh, probability = torch.tanh(heads["sdf"]), F.softmax(heads["seg"], dim=1)
@@ -394,6 +397,7 @@ def signed_distance(label: np.ndarray) -> np.ndarray:
 
 
 def cps(method, batch, done) -> dict[str, Tensor]:
+    """SSL4MIS: supervised losses of both networks, each one's labels for the other."""
     n, label = len(batch.labeled.image), batch.labeled.label
     one, other = method.first(batch.image).logits, method.second(batch.image).logits
     soft, soft_other = F.softmax(one, dim=1), F.softmax(other, dim=1)
@@ -406,6 +410,7 @@ def cps(method, batch, done) -> dict[str, Tensor]:
 
 
 def urpc(method, batch, done) -> dict[str, Tensor]:
+    """URPC: supervised losses of all scales, their uncertainty-weighted distances to the mean."""
     n, label = len(batch.labeled.image), batch.labeled.label
     maps = list(method.net(batch.image).heads.values())
     soft = [F.softmax(logits, dim=1) for logits in maps]
@@ -421,6 +426,7 @@ def urpc(method, batch, done) -> dict[str, Tensor]:
 
 
 def mcf(method, batch, done) -> dict[str, Tensor]:
+    """MCF: losses of both networks, rectification where they differ, the better one teaches."""
     n, label = len(batch.labeled.image), batch.labeled.label
     maps = [method.first(batch.image).logits, method.second(batch.image).logits]
     soft = [F.softmax(logits, dim=1) for logits in maps]
@@ -440,6 +446,7 @@ def mcf(method, batch, done) -> dict[str, Tensor]:
 
 
 def bcp(method, batch, done) -> dict[str, Tensor]:
+    """BCP: mixed images, the teacher's largest components as labels."""
     (image_a, image_b), (label_a, label_b) = batch.labeled.image.chunk(2), batch.labeled.label.chunk(2)
     free_a, free_b = batch.unlabeled.image.chunk(2)
     shape = image_a.shape[2:]
