@@ -147,6 +147,18 @@ def interleave(
     return seconds, given
 
 
+def ratio(base: str, runs: Sequence[tuple], way: str) -> float:
+    """Time of the way `base` over that of another one; of medians per run of `interleave`, all runs together."""
+    total = {name: sum(statistics.median(seconds[name]) for seconds, *_ in runs) for name in (base, way)}
+    return total[base] / total[way]
+
+
+def faster(base: str, runs: Sequence[tuple], way: str) -> tuple[str, str]:
+    """The `ratio` of all runs and its range over single ones."""
+    each = [ratio(base, [run], way) for run in runs]
+    return f"{ratio(base, runs, way):.3g}", f"[{min(each):.3g}-{max(each):.3g}]"
+
+
 def milliseconds(seconds: Iterable[float]) -> str:
     """Median and range."""
     ms = [1000 * value for value in seconds]

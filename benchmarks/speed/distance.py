@@ -70,15 +70,15 @@ def main(argv=None) -> int:
     print(common.machine(), end="\n\n")
     for name, runs in ("DTC: signed distance", maps), ("BCP: largest component", parts):
         print(markdown_table([name, "ms", "times faster", "[range]", "largest difference"], [
-            [way, common.milliseconds(s for seconds, _ in runs for s in seconds[way]), *faster(runs, way),
+            [way, common.milliseconds(s for seconds, _ in runs for s in seconds[way]), *common.faster(PEERS, runs, way),
              f"{max(difference(given, way) for _, given in runs):.0e}"] for way in runs[0][0]]))
     print("Our distances are those of SciPy to the last bit; DTC scales them in float64, we in float32.")
     if measure is None:
         print("scikit-image, which BCP takes, is not installed: SciPy labels in its place.")
     print(f"numba's first calls in this process took {ready:.1f} s (about 10 s where its cache is empty).")
-    common.close("distance", ratio(maps, OURS), exact, {"ratio": 5, "component_ratio": 2.5},
-                 component_ratio=ratio(parts, OURS), fallback_ratio=ratio(maps, FALLBACK),
-                 component_fallback_ratio=ratio(parts, FALLBACK), largest_difference=off,
+    common.close("distance", common.ratio(PEERS, maps, OURS), exact, {"ratio": 5, "component_ratio": 2.5},
+                 component_ratio=common.ratio(PEERS, parts, OURS), fallback_ratio=common.ratio(PEERS, maps, FALLBACK),
+                 component_fallback_ratio=common.ratio(PEERS, parts, FALLBACK), largest_difference=off,
                  components_of="SciPy" if measure is None else "scikit-image", data=title)
     return 0 if exact else 1
 
@@ -172,17 +172,6 @@ def reference(labels: np.ndarray) -> torch.Tensor:
 def difference(given: dict, way: str) -> float:
     """The largest one to what the peers give."""
     return float((given[way].float() - given[PEERS].float()).abs().max())
-
-
-def ratio(runs: list, way: str) -> float:
-    """Time of the peers' way over that of another one, of medians per batch, all batches together."""
-    total = {name: sum(np.median(seconds[name]) for seconds, _ in runs) for name in (PEERS, way)}
-    return float(total[PEERS] / total[way])
-
-
-def faster(runs: list, way: str) -> tuple[str, str]:
-    each = [ratio([run], way) for run in runs]
-    return f"{ratio(runs, way):.3g}", f"[{min(each):.3g}-{max(each):.3g}]"
 
 
 if __name__ == "__main__":

@@ -88,11 +88,11 @@ def main(argv=None) -> int:
         ["way", "ms a window", "GFLOP/s", "times faster", "voxels of another class", "change of Dice"],
         [[name, common.milliseconds(s / windows for seconds, *_ in runs for s in seconds[name]),
           f"{work * windows * len(runs) / sum(np.median(seconds[name]) for seconds, *_ in runs):.0f}",
-          f"{ratio(runs, name):.3g}", str(flips[name]), f"{change[name]:+.5f}"] for name in names]))
+          f"{common.ratio(PEERS, runs, name):.3g}", str(flips[name]), f"{change[name]:+.5f}"] for name in names]))
     print(f"Mean Dice of the peers' way {100 * np.mean([dice[PEERS] for *_, dice in runs]):.1f} %.")
-    common.close("inference", ratio(runs, OURS), exact, {"ratio": 1.6, "bf16_ratio": 6},
-                 {"bf16_dice_change": 0.0005}, bf16_ratio=ratio(runs, HALF), bf16_dice_change=abs(change[HALF]),
-                 data=title)
+    common.close("inference", common.ratio(PEERS, runs, OURS), exact, {"ratio": 1.6, "bf16_ratio": 6},
+                 {"bf16_dice_change": 0.0005}, bf16_ratio=common.ratio(PEERS, runs, HALF),
+                 bf16_dice_change=abs(change[HALF]), data=title)
     return 0 if exact else 1
 
 
@@ -182,12 +182,6 @@ def flops(method: Net, patch) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         method.net(torch.zeros(1, 1, *patch))
     return counter.get_total_flops()
-
-
-def ratio(runs: list, name: str) -> float:
-    """Time of the peers' way over that of another one, of medians per scan, all scans together."""
-    total = {way: sum(np.median(seconds[way]) for seconds, *_ in runs) for way in (PEERS, name)}
-    return float(total[PEERS] / total[name])
 
 
 if __name__ == "__main__":

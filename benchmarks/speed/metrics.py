@@ -63,17 +63,18 @@ def main(argv=None) -> int:
     print(common.machine(), end="\n\n")
     print(markdown_table(
         ["way", "ms", "times faster", "[range]", *(f"largest difference: {name}" for name in NAMES)],
-        [[name, common.milliseconds(s for seconds, _ in runs for s in seconds[name]), *faster(runs, name),
+        [[name, common.milliseconds(s for seconds, _ in runs for s in seconds[name]), *common.faster(PEERS, runs, name),
           *(f"{value:.0e}" for value in off[name])] for name in names]))
     print(markdown_table(
         ["prediction", PEERS, COMPILED, "times faster"],
         [[kind, *(common.milliseconds(s for seconds, _ in some for s in seconds[name]) for name in (PEERS, COMPILED)),
-          faster(some, COMPILED)[0]] for kind, some in kinds.items()]))
+          common.faster(PEERS, some, COMPILED)[0]] for kind, some in kinds.items()]))
     print(f"numba's first call in this process took {ready:.1f} s (about 7 s where its cache is empty).")
     print("MONAI takes the larger of two directed percentiles for hd95, the others that of the pooled list.")
     common.close(
-        "metrics", ratio(runs, COMPILED), exact, {"ratio": 60, "fallback_ratio": 4},
-        fallback_ratio=ratio(runs, FALLBACK), lowest_ratio=min(ratio([run], COMPILED) for run in runs),
+        "metrics", common.ratio(PEERS, runs, COMPILED), exact, {"ratio": 60, "fallback_ratio": 4},
+        fallback_ratio=common.ratio(PEERS, runs, FALLBACK),
+        lowest_ratio=min(common.ratio(PEERS, [run], COMPILED) for run in runs),
         largest_difference=float(max(off[COMPILED].max(), off[FALLBACK].max())), data=title)
     return 0 if exact else 1
 
@@ -166,17 +167,6 @@ def monai(pred: np.ndarray, truth: np.ndarray) -> dict:
                          tool.compute_average_surface_distance(*pair, include_background=True).item()])
 
     return {MONAI: scores}
-
-
-def ratio(runs: list, name: str) -> float:
-    """Time of the peers' way over that of another one, of medians per prediction, all predictions together."""
-    total = {way: sum(np.median(seconds[way]) for seconds, _ in runs) for way in (PEERS, name)}
-    return float(total[PEERS] / total[name])
-
-
-def faster(runs: list, name: str) -> tuple[str, str]:
-    each = [ratio([run], name) for run in runs]
-    return f"{ratio(runs, name):.3g}", f"[{min(each):.3g}-{max(each):.3g}]"
 
 
 if __name__ == "__main__":
