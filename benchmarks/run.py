@@ -15,13 +15,24 @@ def main(argv: list[str]) -> int:
         from ssl4mis import cards
 
         return cards.show(argv)
-    specs, options = config.parse(argv)
-    from ssl4mis.run import run, show_plan  # torch is loaded here, after bad input has been turned away
+    words = config.in_order(argv)
+    again = any(word.partition("=")[0] == "--reproduce" for word in words)
+    specs, options = ([], None) if again else config.parse(argv)
+    from ssl4mis.run import peek_test, run, show_plan  # torch is loaded here, after bad input has been turned away
     from ssl4mis.trainer import TrainingStopped
 
     try:
+        if again:
+            from ssl4mis import reproduce
+
+            return reproduce.main(argv)
         for spec in specs:
-            (show_plan if "--memory_plan" in config.in_order(argv) else run)(spec, options)
+            if "--memory_plan" in words:
+                show_plan(spec, options)
+                continue
+            run(spec, options)
+            if "--peek_test" in words:
+                peek_test(spec, options)
     except (UserError, data_prep.DataError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

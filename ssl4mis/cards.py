@@ -18,12 +18,13 @@ from docstring_parser import DocstringStyle, ParseError, parse
 import data_prep
 import networks
 from networks.base import NetSpec, SegNet
-from ssl4mis import leaderboard, records, registry
+from ssl4mis import leaderboard, registry
 from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
 from ssl4mis.leaderboard import markdown_table
 from ssl4mis.method import Preset, Stage, Task
+from ssl4mis.passes import count_samples, segnets
 
 DATASET, PROTOCOL = "LA", "paper"  # whose recipe is built and measured
 SIDE, WIDTH, TOTAL = 32, 2, 1000  # voxels, channels and steps of the measurement
@@ -35,8 +36,9 @@ Generated from the code, the published numbers and the run records by `python be
 `python benchmarks/run.py --describe NAME` prints one card, also of a method that lives elsewhere.
 """
 COMPARABLE = """\
-Comparable only where protocol and selection agree: ours are means over n runs of the last weights, papers differ in
-split, checkpoint (often the best one on the test list) and treatment of empty masks. Sources in full are in
+Comparable only where protocol and selection agree: ours are means over runs of the last weights, ± the standard
+deviation over seeds; papers differ in split, checkpoint (often the best one on the test list) and treatment of empty
+masks, and where ours follows them, it is said where it stands in their range. Sources in full are in
 `results/reported.csv`, all our columns in `results/leaderboard.csv`.
 """
 
@@ -91,11 +93,6 @@ def make(cls: type, width: int, patch):
     return cls(build, task, cls.Config(**preset.hp))
 
 
-def segnets(method) -> dict[str, SegNet]:
-    """The networks of a method by attribute, such as `teacher.net`."""
-    return {name: module for name, module in method.named_modules() if isinstance(module, SegNet)}
-
-
 def batch_sizes(cls: type) -> tuple[int, int]:
     """Labeled and unlabeled samples of the measured step: two each, or the recipe's where a method needs a multiple."""
     run = cls.presets.get(DATASET, Preset()).run if cls.needs.multiple > 1 else {}
@@ -116,23 +113,6 @@ def random_batch(task: Task, needs, labeled: int, unlabeled: int) -> Batch:
 
     partner = half(torch.randn_like(image[labeled:])) if needs.partner else None
     return Batch(image, Half(image[:labeled], label, ("labeled",) * labeled), half(image[labeled:]), partner)
-
-
-def count_samples(method) -> Counter:
-    """A counter of the samples that pass from now on, by (network, encoded or decoded, whether for a gradient)."""
-    counts = Counter()
-
-    def counted(name, part, call):
-        def through(x):
-            found = call(x)
-            last = found[-1] if part == "encoded" else found.features.decoder[0]
-            counts[name, part, last.requires_grad] += len(last)
-            return found
-        return through
-
-    for name, net in segnets(method).items():
-        net.encode, net.decode = counted(name, "encoded", net.encode), counted(name, "decoded", net.decode)
-    return counts
 
 
 def measure(cls: type) -> tuple[dict[str, Counter], list[str]]:
@@ -158,10 +138,8 @@ def numbers(results: Path) -> list[dict[str, str]]:
     """Leaderboard rows, measured and published, of a results folder; none where there is no such folder. UserError."""
     if not results.is_dir():
         return []
-    published = results / "reported.csv"
     try:
-        return leaderboard.rows(records.read_all(results / "records"),
-                                leaderboard.read_reported(published) if published.exists() else ())
+        return leaderboard.read_table(results)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -284,19 +262,21 @@ def scores(name: str, table) -> str:
                   key=lambda row: (row["dataset"], int(row["labeled"] or 0)))  # stable: ours stay first
     if not mine:
         return ""
-    header = ["data set", "labeled", "Dice (%)", "n", "protocol or split", "source"]
+    header = ["data set", "labeled", "unlabeled", "Dice (%)", "runs", "protocol or split", "source"]
     return markdown_table(header, map(score_cells, mine)) + "\n" + COMPARABLE
 
 
 def score_cells(row: dict[str, str]) -> list[str]:
     """A leaderboard row, shortened."""
-    head = [row["dataset"], row["labeled"]]
+    head = [row["dataset"], row["labeled"], row["unlabeled"]]
     if row["source"] != "measured":
         return [*head, row["Dice"], "", row["split"], re.split(MORE, row["reference"])[0].strip()]
-    dice = row["Dice"] + (f" ± {row['Dice_sd']}" if row["Dice_sd"] else "")
+    dice = row["Dice"] + (f" ± {row['Dice_sd_seeds']}" if row["Dice_sd_seeds"] else "")
     where = f"{row['protocol']}, {row['split']}, {row['network']}, {row['batch']}, {row['precision']}"
-    state = "" if row["complete"] == "yes" else ", folds missing"
-    return [*head, f"**{dice}**", row["n"], where, f"ours, settings {row['hp_hash']}{state}"]
+    states = {f"control {row['control']}": row["control"], "folds missing": row["complete"] != "yes",
+              f"{row['versus_published']} published": row["versus_published"]}
+    told = "".join(f", {state}" for state, holds in states.items() if holds)
+    return [*head, f"**{dice}**", row["runs"], where, f"ours, settings {row['hp_hash']}{told}"]
 
 
 def show(argv: list[str]) -> int:

@@ -13,21 +13,50 @@ from ssl4mis.errors import UserError
 
 MAGIC = b"SSL4MIS1"
 LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
+KEPT = "weights"  # folder of the weights that stay
 
 
 def save(folder: Path, state: dict) -> None:
     """Write `state` as the latest checkpoint; the former latest becomes the previous one, unless it is damaged."""
+    partial = _write_partial(folder / LATEST, state)
+    if (folder / LATEST).exists() and _payload(folder / LATEST) is not None:
+        os.replace(folder / LATEST, folder / PREVIOUS)
+    os.replace(partial, folder / LATEST)
+
+
+def keep(folder: Path, done: int, weights: dict) -> None:
+    """Write the weights after `done` iterations to stay, as `read` reads them."""
+    path = folder / KEPT / f"{done:06d}.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    os.replace(_write_partial(path, weights), path)
+
+
+def kept(folder: Path) -> dict[int, Path]:
+    """Files that `keep` has written for a run, by the number of iterations, in order."""
+    return {int(path.stem): path for path in sorted((folder / KEPT).glob("*.ckpt"))}
+
+
+def fingerprint(weights: dict) -> str:
+    """SHA-256 of a `state_dict`: names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _write_partial(path: Path, state: dict) -> Path:
+    """The state on disk, beside the file that it shall become."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    partial = folder / (LATEST + ".partial")
+    partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(MAGIC + hashlib.sha256(data).digest() + data)
         file.flush()
         os.fsync(file.fileno())
-    if (folder / LATEST).exists() and _payload(folder / LATEST) is not None:
-        os.replace(folder / LATEST, folder / PREVIOUS)
-    os.replace(partial, folder / LATEST)
+    return partial
 
 
 def _payload(path: Path) -> bytes | None:

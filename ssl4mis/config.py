@@ -16,15 +16,15 @@ from jsonargparse import ArgumentParser
 
 import data_prep
 import networks
-from ssl4mis import registry
+from ssl4mis import controls, registry
 from ssl4mis.errors import UserError
 from ssl4mis.records import digest
 
 # what a group of comparable runs may differ in
-NOT_HYPER = ("dataset", "protocol", "recipe", "labeled", "fold", "seed")
+NOT_HYPER = ("dataset", "protocol", "recipe", "labeled", "unlabeled", "control", "fold", "seed")
 
 # settings that the first records do not have, and what they were there
-YOUNGER = {"recipe": "", "evaluation_precision": "32-true"}
+YOUNGER = {"recipe": "", "evaluation_precision": "32-true", "unlabeled": "all", "control": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class RunSpec:
         dataset: a name that --list shows, or the folder of a prepared data set.
         protocol: of the data set: split, resolution and defaults for what follows; cv5 where only a fold is named.
         labeled: number of labeled training cases (of patients where each has several), or a share of them such as 20%.
+        unlabeled: number of the other training cases that are read, without labels, a share such as 50%, or all.
+        control: noise, copies (of labeled images) or other:DATASET for the unlabeled images; no method may gain by it.
         fold: of the protocol's split, or all.
         recipe: how raw scans became cases, paper or clean; empty for the protocol's.
         seed: of weights, batches, dropout and noise.
@@ -62,6 +64,8 @@ class RunSpec:
     dataset: str = "LA"
     protocol: str = "paper"
     labeled: int | str = 16
+    unlabeled: int | str = "all"
+    control: str = ""
     fold: int | str = 0
     recipe: str = ""
     seed: int = 0
@@ -87,8 +91,11 @@ class RunSpec:
     def id(self) -> str:
         """Readable name of the run, unique by its hash."""
         method = re.sub(r"[^\w.]+", ".", self.method)
-        parts = (self.dataset, self.protocol, self.labeled, self.network, method, f"f{self.fold}", f"s{self.seed}")
-        return "-".join(map(str, parts)) + "-" + digest(self.stated)
+        part = () if self.unlabeled == "all" else (f"u{self.unlabeled}",)
+        control = (self.control.replace(":", "."),) if self.control else ()
+        parts = (self.dataset, self.protocol, self.labeled, *part, self.network, method, *control, f"f{self.fold}",
+                 f"s{self.seed}", digest(self.stated))
+        return "-".join(map(str, parts))
 
     @property
     def stated(self) -> dict:
@@ -112,6 +119,7 @@ class RunOptions:
         out: folder for records and runs.
         log_every: iterations between logged losses.
         save_every: iterations between checkpoints.
+        keep_every: iterations between weights that stay, for --peek_test; 0 for none, or for a tenth of a peeked run.
         compile: the networks in training, by torch.compile; reduce-overhead makes CUDA graphs, which spares launches.
         checkpointing: recompute activations in the backward pass: less memory for more time, the same result.
     """
@@ -121,6 +129,7 @@ class RunOptions:
     out: Path = Path("results")
     log_every: int = 25
     save_every: int = 250
+    keep_every: int = 0
     compile: Literal["none", "default", "reduce-overhead"] = "none"
     checkpointing: bool = False
 
@@ -202,6 +211,10 @@ def make_parser(argv: list[str], prog: str = "run.py") -> Parser:
     parser.add_argument("--list", action="store_true", help="show methods, networks, data sets and protocols")
     parser.add_argument("--describe", metavar="METHOD", help="print a method's card: idea, options, cost, scores")
     parser.add_argument("--memory_plan", action="store_true", help="say what memory the run will need; train nothing")
+    parser.add_argument("--reproduce", metavar="RECORD", help="run a record again and say whether the result holds")
+    parser.add_argument("--peek_test", action="store_true",
+                        help="score the kept weights on the test list, too, for the report's selection gap; no ranking "
+                             "can read them")
     parser.add_class_arguments(RunSpec, skip={"hp"})
     parser.add_class_arguments(RunOptions)
     try:
@@ -272,6 +285,9 @@ def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOpti
     try:
         for name in ("log_every", "save_every"):
             at_least(1, name, getattr(options, name))
+        at_least(0, "keep_every", options.keep_every)
+        if settings["peek_test"] and not options.keep_every:
+            options = dataclasses.replace(options, keep_every=max(1, spec.iterations // 10))
         if options.checkpointing and options.compile != "none":
             raise UserError(f"compile {options.compile}: expected none with checkpointing True")
         dataset, root = data_prep.locate(spec.dataset, options.data_root)
@@ -288,13 +304,25 @@ def resolve(spec: RunSpec, dataset) -> list[RunSpec]:
     folds = range(split.folds) if spec.fold == "all" else [whole_number("fold", spec.fold)]
     known = dataclasses.replace(spec, method=registry.canonical(spec.method), dataset=dataset.name,
                                 recipe="" if spec.recipe == protocol.recipe else spec.recipe,
+                                control=controls.canonical(spec.control, dataset.name),
                                 stride=spec.patch if protocol.slices else spec.stride)  # whole slices have no stride
+    takes = registry.method_class(spec.method).needs.unlabeled
     runs = []
     for fold in folds:
         split = data_prep.load_split(protocol.split, fold, dataset.splits)
-        count = case_count(spec.labeled, split.patients, "patients" if split.per_patient > 1 else "cases")
-        unlabeled = spec.unlabeled_batch if split.unlabeled(count) else 0
-        runs.append(dataclasses.replace(known, fold=fold, labeled=count, unlabeled_batch=unlabeled))
+        unit = "patients" if split.per_patient > 1 else "cases"
+        labeled = case_count("labeled", spec.labeled, 1, split.patients, f"training {unit}")
+        left, part = split.unlabeled(labeled), spec.unlabeled
+        most = len(left) // split.per_patient
+        if part != "all":
+            part = case_count("unlabeled", part, 0, most, f"other training {unit}, or all")
+        batch = spec.unlabeled_batch if left and part else 0
+        if part == most or not takes:
+            part = "all"  # one id for one run
+        if known.control and not batch:
+            raise UserError(f"control {known.control}: no unlabeled images to replace (method {known.method}, labeled "
+                            f"{labeled}, unlabeled {part}), expected unlabeled_batch of at least 1")
+        runs.append(dataclasses.replace(known, fold=fold, labeled=labeled, unlabeled=part, unlabeled_batch=batch))
     return runs
 
 
@@ -350,16 +378,13 @@ def whole_number(name: str, value) -> int:
         raise UserError(f"{name} {value!r}: expected a whole number") from None
 
 
-def case_count(labeled: int | str, training: int, unit: str) -> int:
-    """16, "16" or "20%" of the training cases, or of patients, as a count; UserError outside 1..training."""
-    text = str(labeled)
-    if text.endswith("%"):
-        try:
-            count = round(float(text[:-1]) / 100 * training)
-        except (ValueError, OverflowError):
-            raise UserError(f"labeled {text!r}: expected a count or a share such as 20%") from None
-    else:
-        count = whole_number("labeled", text)
-    if not 1 <= count <= training:
-        raise UserError(f"labeled {text}: expected 1 to {training} of the training {unit}")
+def case_count(name: str, value: int | str, least: int, most: int, unit: str) -> int:
+    """16, "16" or "20%" of `most` cases or patients as a count; UserError outside least..most."""
+    text = str(value)
+    try:
+        count = round(float(text[:-1]) / 100 * most) if text.endswith("%") else int(text)
+    except (ValueError, OverflowError):
+        raise UserError(f"{name} {text!r}: expected a whole number or a share such as 20%") from None
+    if not least <= count <= most:
+        raise UserError(f"{name} {text}: expected {least} to {most} of the {unit}")
     return count

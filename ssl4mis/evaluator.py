@@ -1,10 +1,12 @@
 """Test cases to scores: the only code that opens test labels."""
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from networks.frozen import frozen
+from ssl4mis.calibration import calibration
 from ssl4mis.errors import UserError
 from ssl4mis.inference import by_planes, sliding_window
 from ssl4mis.loading import as_tensor
@@ -43,7 +45,7 @@ def segment(predict, image, patch, stride, device) -> torch.Tensor:
 
 def segment_slices(predict, image, patch, device) -> torch.Tensor:
     """Like `segment`, of a 2D method plane by plane: image array (C, x, y, planes) -> (x, y, planes)."""
-    return by_planes(predict, as_tensor(image).to(device), patch).cpu()
+    return by_planes(predict, as_tensor(image).to(device), patch).argmax(0).to(torch.uint8).cpu()
 
 
 def _union(labels: np.ndarray, values) -> np.ndarray:
@@ -51,29 +53,40 @@ def _union(labels: np.ndarray, values) -> np.ndarray:
     return labels == values[0] if len(values) == 1 else np.isin(labels, values)
 
 
+class Evaluation(NamedTuple):
+    """What a record holds of the test cases: `cases`, a row per case and target; `calibration`, a row per case."""
+
+    cases: list[dict]
+    calibration: list[dict]
+
+
 def evaluate(method: Method, store, cases, targets, patch, stride, device, tell=lambda done, case: None,
-             slices=False, precision="32-true") -> list[dict]:
-    """Scores of every test case and target, as rows of a record.
+             slices=False, precision="32-true", keep=lambda case, predicted: None) -> Evaluation:
+    """Scores and calibration of every test case.
 
     Args:
         store: the only reader of test labels. targets: by the name that is scored, the classes whose union it is.
         tell: called as tell(number of finished cases, case id).
         slices: whether a 2D method predicts volumes plane by plane; there is no stride then.
         precision: of the predictions, 32-true or bf16-mixed.
+        keep: called with every case and its class map, an array (*space) uint8.
 
     UserError naming a case whose image is not finite.
     """
-    predict, rows = predictor(method, device, precision), []
-    for done, case in enumerate(cases, 1):
+    predict, done = predictor(method, device, precision), Evaluation([], [])
+    for number, case in enumerate(cases, 1):
         image = store.image(case)
         if not np.isfinite(image).all():  # mapped files are not gone through when they are opened
             raise UserError(f"test case {case}: NaN or infinity in the stored image, expected finite values; prepare "
                             "the data again, and the same command goes on")
-        predicted = (segment_slices(predict, image, patch, device) if slices
-                     else segment(predict, image, patch, stride, device)).numpy()
+        image = as_tensor(image).to(device)
+        found = by_planes(predict, image, patch) if slices else sliding_window(predict, image, patch, stride)
+        predicted = found.argmax(0).to(torch.uint8).cpu().numpy()
         truth, spacing = store.label(case), store.spacing(case)
         for name, values in targets.items():
-            rows.append({"case": case, "class": name,
-                         **score(_union(predicted, values), _union(truth, values), spacing)})
-        tell(done, case)
-    return rows
+            scores = score(_union(predicted, values), _union(truth, values), spacing)
+            done.cases.append({"case": case, "class": name, **scores})
+        done.calibration.append({"case": case, **calibration(found, as_tensor(truth).to(found.device))})
+        keep(case, predicted)
+        tell(number, case)
+    return done

@@ -2,7 +2,7 @@
 
 Windows start at min(i * stride, size - patch); volumes smaller than the patch are zero-padded evenly; probabilities are
 averaged plainly. Source: UA-MT test_util.test_single_case, used by every 3D code base of the field.
-Planes are resized to the patch and their class maps back, both to the nearest voxel. Source: SSL4MIS val_2D.
+Planes are resized to the patch and what is predicted back, both to the nearest voxel. Source: SSL4MIS val_2D.
 """
 import itertools
 import math
@@ -75,11 +75,11 @@ def _mean_of_windows(predict, image: Tensor, patch, stride, batch: int, home: to
 
 @torch.inference_mode()
 def by_planes(predict, image: Tensor, patch, batch: int = 16) -> Tensor:
-    """Image (C, x, y, planes) -> classes (x, y, planes) uint8, on the image's device.
+    """Image (C, x, y, planes) -> class probabilities (K, x, y, planes) float32, on the image's device.
 
     Args:
         predict: (B, C, *patch) -> (B, K, *patch) probabilities.
         patch: voxels per axis. batch: planes per call; it does not change the result, but for rounding in `predict`.
     """
-    classes = [predict(resize(planes, patch)).argmax(1).to(torch.uint8) for planes in image.movedim(-1, 0).split(batch)]
-    return resize(torch.cat(classes), image.shape[1:3]).movedim(0, -1).contiguous()
+    found = [predict(resize(planes, patch)).float() for planes in image.movedim(-1, 0).split(batch)]
+    return resize(torch.cat(found), image.shape[1:3]).movedim(0, -1).contiguous()

@@ -11,7 +11,7 @@ from pathlib import Path
 from ssl4mis.errors import UserError
 
 SCHEMA = 1
-ROWS = ("cases", "curve")  # lists of flat mappings, written one per line
+ROWS = ("cases", "calibration", "curve", "checkpoints")  # lists of flat mappings, written one per line
 TOP = {
     "schema": int, "id": str, "spec": dict, "hp_hash": str, "split": dict, "selection": str, "evaluation": dict,
     "classes": list, "cases": list, "timing": dict, "memory": dict, "device": dict, "code": dict,
@@ -27,6 +27,7 @@ NESTED = {
 OVERLAPS = ("dice", "jaccard")
 UNITS = ("voxel", "mm")
 DISTANCES = tuple(f"{name}_{unit}" for name in ("hd95", "hd95_max", "asd", "assd") for unit in UNITS)
+PASSES = ("forward_passes", "backward_passes")
 FLAGS = ("empty_prediction", "empty_truth")
 
 
@@ -35,18 +36,20 @@ def digest(mapping, length: int = 8) -> str:
 
     Raises ValueError for values that strict JSON cannot hold.
     """
-    text = _dump(_plain(mapping), separators=(",", ":"))
+    text = _dump(plain(mapping), separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def write(record: dict, folder) -> Path:
+def write(record: dict, folder, check=None) -> Path:
     """Write `folder`/<id>.json atomically and once, NaN as null; return its path.
+
+    `check` is `validate`, or what stands in its place for another store with the same rules.
 
     Raises FileExistsError when the file holds other content, ValueError when the record breaks the schema.
     """
-    record = _plain(record)
+    record = plain(record)
     name = f"record {record['id']}" if isinstance(record, dict) and "id" in record else "record"
-    validate(record, name)
+    (check or validate)(record, name)
     folder = Path(folder)
     path = folder / f"{record['id']}.json"
     try:
@@ -67,14 +70,14 @@ def write(record: dict, folder) -> Path:
     return path
 
 
-def read(path) -> dict:
-    """The validated record in `path`; ValueError of one line naming the file where it is broken."""
+def read(path, check=None) -> dict:
+    """The record in `path`, validated by `check` as of `write`; ValueError of one line naming the file where it is broken."""
     path = Path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable record, expected strict JSON ({error})") from None
-    validate(record, str(path))
+    (check or validate)(record, str(path))
     if record["id"] != path.stem:
         raise ValueError(f"{path}: holds id {record['id']!r}, expected the name of the file")
     return record
@@ -106,15 +109,9 @@ def write_text(path, text: str) -> Path:
 
 def validate(record, name: str) -> None:
     """Raise ValueError naming `name`, the key and what was expected, unless the record follows the schema."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{name}: is a {type(record).__name__}, expected a JSON object")
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{name}: schema is {record.get('schema')!r}, expected {SCHEMA}")
-    _check(record, TOP, name, "record")
+    check_header(record, name, TOP)
     for key, fields in NESTED.items():
-        _check(record[key], fields, name, key, nullable=key == "timing")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", record["id"]):
-        raise ValueError(f"{name}: id {record['id']!r}, expected letters, digits, '.', '_' and '-'")
+        check(record[key], fields, name, key, nullable=key == "timing")
     split, spec = record["split"], record["spec"]
     if spec["fold"] != split["fold"] or not 0 <= split["fold"] < split["folds"]:
         raise ValueError(
@@ -122,16 +119,33 @@ def validate(record, name: str) -> None:
             " expected equal and below the number of folds"
         )
     if "data" in record:  # older ones have none
-        _check(record["data"], {"recipe": str, "sha256": str}, name, "data")
+        check(record["data"], {"recipe": str, "sha256": str}, name, "data")
+    if "costs" in record:
+        check(record["costs"], {"parameters": int}, name, "costs")
+        check(record["costs"], dict.fromkeys(PASSES, float), name, "costs", nullable=True)
     for number, row in enumerate(record["cases"]):
-        _check_case(row, name, f"cases[{number}]")
+        check_case(row, name, f"cases[{number}]")
+    for number, row in enumerate(record.get("calibration", ())):
+        check(row, {"case": str, "ece": float, "nll": float}, name, f"calibration[{number}]")
     _check_coverage(record, name)
 
 
-def _check_case(row, name, where):
+def check_header(found, name: str, fields) -> None:
+    """Raise ValueError like `validate` unless this is an object of our schema with an id that is a file name."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: is a {type(found).__name__}, expected a JSON object")
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{name}: schema is {found.get('schema')!r}, expected {SCHEMA}")
+    check(found, {"id": str, **fields}, name, "record")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", found["id"]):
+        raise ValueError(f"{name}: id {found['id']!r}, expected letters, digits, '.', '_' and '-'")
+
+
+def check_case(row, name: str, where: str) -> None:
+    """Raise ValueError like `validate` unless the row holds the scores of one case and class."""
     numbers = dict.fromkeys((*OVERLAPS, "diagonal_voxel", "diagonal_mm"), float)
-    _check(row, {"case": str, "class": str, **numbers, **dict.fromkeys(FLAGS, bool)}, name, where)
-    _check(row, dict.fromkeys(DISTANCES, float), name, where, nullable=True)
+    check(row, {"case": str, "class": str, **numbers, **dict.fromkeys(FLAGS, bool)}, name, where)
+    check(row, dict.fromkeys(DISTANCES, float), name, where, nullable=True)
     for key in OVERLAPS:
         if not 0 <= row[key] <= 1:
             raise ValueError(f"{name}: {where}.{key} is {row[key]!r}, expected a number from 0 to 1")
@@ -151,9 +165,16 @@ def _check_coverage(record, name):
             f"{name}: cases holds {len(found)} rows, expected exactly one for each of the"
             f" {len(record['split']['test'])} test cases and {len(record['classes'][1:])} foreground classes"
         )
+    calibrated = sorted(row["case"] for row in record.get("calibration", ()))
+    if "calibration" in record and calibrated != sorted(record["split"]["test"]):
+        raise ValueError(
+            f"{name}: calibration holds {len(calibrated)} rows, expected exactly one for each of the"
+            f" {len(record['split']['test'])} test cases"
+        )
 
 
-def _check(mapping, fields, name, where, nullable=False):
+def check(mapping, fields, name: str, where: str, nullable: bool = False) -> None:
+    """Raise ValueError like `validate` unless the mapping has these fields of these types."""
     if not isinstance(mapping, dict):
         raise ValueError(f"{name}: {where} is {mapping!r:.40}, expected a JSON object")
     for key, kind in fields.items():
@@ -167,19 +188,19 @@ def _check(mapping, fields, name, where, nullable=False):
             raise ValueError(f"{name}: {where}.{key} is {value!r:.40}, expected {kind.__name__}")
 
 
-def _plain(value):
+def plain(value):
     """The same data as dict, list, str, int, float, bool or None: NaN as None, array scalars unpacked."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _render(record):
-    order = [*TOP, *sorted(set(record) - set(TOP))]
+    order = [*(key for key in TOP if key in record), *sorted(set(record) - set(TOP))]
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {_value(key, record[key])}" for key in order) + "\n}\n"
 
 

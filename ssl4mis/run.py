@@ -7,14 +7,16 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import data_prep
 import networks
-from networks.base import NetSpec, PatchError
+from networks.base import NetSpec, PatchError, parameter_count
 from networks.checkpointing import recompute_stages
-from ssl4mis import __version__, checkpoint, memory, records, registry
+from ssl4mis import __version__, checkpoint, controls, memory, memory_plan, passes, peeks, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
 from ssl4mis.evaluator import evaluate
@@ -26,6 +28,32 @@ from ssl4mis.selection import run_scores
 from ssl4mis.trainer import Trainer
 
 PACKAGES = ("torch", "monai", "numpy", "scipy", "h5py", "lightning-fabric")
+PREDICTIONS = "predictions"  # folder of a run
+
+
+class Parts(NamedTuple):
+    """What a resolved run stands on; `spec` has its precision."""
+
+    spec: RunSpec
+    device: torch.device
+    dataset: data_prep.DatasetSpec
+    root: Path | None
+    protocol: data_prep.Protocol
+    split: data_prep.Split
+
+    @property
+    def cases(self) -> list[str]:
+        """All that must be there before training."""
+        return [*self.split.train, *self.split.extra, *self.split.test]
+
+
+def parts_of(spec: RunSpec, options: RunOptions) -> Parts:
+    """What a run stands on here; UserError or DataError where it does not exist."""
+    device = pick_device(options.device)
+    spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
+    dataset, root = data_prep.locate(spec.dataset, options.data_root)
+    protocol = protocol_of(spec, dataset)
+    return Parts(spec, device, dataset, root, protocol, data_prep.load_split(protocol.split, spec.fold, dataset.splits))
 
 
 def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
@@ -35,50 +63,52 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     the data or the settings cannot work; TrainingStopped if training ended early.
     """
     memory.keep_pages()
-    device = pick_device(options.device)
-    spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
+    parts = parts_of(spec, options)
+    spec, device, dataset, root, protocol, split = parts
     record_path = options.out / "records" / f"{spec.id}.json"
-    dataset, root = data_prep.locate(spec.dataset, options.data_root)
-    protocol = protocol_of(spec, dataset)
-    split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
-    cases = [*split.train, *split.extra, *split.test]
     if record_path.exists():
         with suppress(data_prep.DataError):  # without the data a record is as good
-            same_data(record_path, records.read_json(record_path), dataset.open(root, protocol).provenance(cases))
+            same_data(record_path, records.read_json(record_path), dataset.open(root, protocol).provenance(parts.cases))
         say(f"{spec.id} is finished: {record_path}")
         return record_path
     store = dataset.open(root, protocol)
-    store.check(cases)
+    store.check(parts.cases)
+    scans, unlabeled = controls.for_training(store, split, spec, dataset, protocol, root)
 
     code = code_version()
     method = new_method(spec, options, dataset, protocol)
     folder = options.out / "runs" / spec.id
-    data = store.provenance(cases) | describe_data(dataset, protocol, store)
+    data = store.provenance(parts.cases) | describe_data(dataset, protocol, store)
     keep_description(folder, spec, data)
-    counts = [len(part) for part in (split.labeled(spec.labeled), split.unlabeled(spec.labeled), split.test)]
+    counts = [len(part) for part in (split.labeled(spec.labeled), unlabeled, split.test)]
     patients = f" ({spec.labeled} labeled patients)" if split.per_patient > 1 else ""
     say(f"{spec.id}\nreading {spec.dataset}: {counts[0]} labeled and {counts[1]} unlabeled training cases, "
         f"{counts[2]} test cases{patients}")
     for remark in method.remarks():
         say(remark)
+    if spec.control:
+        say(controls.describe(spec.control))
     if method.needs.unlabeled and not spec.unlabeled_batch:
         say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
-    loader = Loader(store, split.labeled(spec.labeled), split.unlabeled(spec.labeled), spec.patch,
+    loader = Loader(scans, split.labeled(spec.labeled), unlabeled, spec.patch,
                     (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
                     getattr(torch, spec.storage), method.needs, protocol.slices)
     trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every,
-                      options.compile)
+                      options.compile, options.keep_every)
     trained = trainer.fit()
 
     say(f"evaluating {len(split.test)} test cases with the last weights")
     started = time.monotonic()
-    rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
-                    paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision)
+    found = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+                     paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision,
+                     keep=lambda case, predicted: write_prediction(folder, case, predicted, store.spacing(case)))
     timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
               "iterations_per_second": spec.iterations / trained["seconds"]}
-    record = describe(spec, data, split, device) | {
-        "cases": rows, "timing": timing, "memory": {"peak_mib": peak_mib(device)}, "code": code,
-        "curve": trained["curve"],
+    record = describe(spec, data, split, unlabeled, device) | {
+        "cases": found.cases, "calibration": found.calibration, "timing": timing,
+        "memory": {"peak_mib": peak_mib(device)}, "code": code, "curve": trained["curve"],
+        "weights_sha256": checkpoint.fingerprint(method.state_dict()),
+        "costs": costs(method, spec, options, dataset, protocol),
     }
     record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing}
     path = records.write(record, options.out / "records")
@@ -89,20 +119,46 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     return path
 
 
+def peek_test(spec: RunSpec, options: RunOptions, say=print) -> Path:
+    """Score the kept weights of a finished run on the test list, which no ranking reads; returns the path of the peeks.
+
+    What was scored before stays. UserError where no weights were kept.
+    """
+    spec, device, dataset, root, protocol, split = parts_of(spec, options)
+    path, folder = options.out / "peeks" / f"{spec.id}.json", options.out / "runs" / spec.id
+    if path.exists():
+        say(f"{spec.id} has peeks: {path}")
+        return path
+    record = records.read(options.out / "records" / f"{spec.id}.json")
+    kept = checkpoint.kept(folder)
+    if not kept:
+        raise UserError(f"{folder / checkpoint.KEPT}: no weights, expected those that a run with "
+                        "--peek_test or --keep_every keeps; train again with another --out")
+    store, method = dataset.open(root, protocol), new_method(spec, options, dataset, protocol)
+    found = {spec.iterations: record["cases"]}
+    for done, file in kept.items():
+        scored = file.with_suffix(".json")
+        if not scored.exists():
+            say(f"scoring the weights of iteration {done} on {len(split.test)} test cases")
+            method.load_state_dict(checkpoint.read(file))
+            rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+                            paced(say, "scored", len(split.test)), protocol.slices, spec.evaluation_precision).cases
+            records.write_text(scored, json.dumps({"cases": records.plain(rows)}))
+        found[done] = records.read_json(scored)["cases"]
+    peeks.write(options.out / "peeks", spec.id, found)
+    say(f"peeks of {len(found)} checkpoints, for the report's selection gap: {path}")
+    return path
+
+
 def show_plan(spec: RunSpec, options: RunOptions, say=print) -> None:
     """Say what memory a run will need, by what it is for; nothing is trained, and the data need not be there."""
-    from ssl4mis import memory_plan
-
-    device = pick_device(options.device)
-    spec = dataclasses.replace(spec, precision=pick_precision(spec.precision, device))
-    dataset, root = data_prep.locate(spec.dataset, options.data_root)
-    protocol = protocol_of(spec, dataset)
-    split = data_prep.load_split(protocol.split, spec.fold, dataset.splits)
-    unlabeled = split.unlabeled(spec.labeled) if spec.unlabeled_batch else ()
+    parts = parts_of(spec, options)
+    spec, device, dataset, root, protocol, split = parts
+    unlabeled = controls.unlabeled_cases(split, spec) if spec.unlabeled_batch else ()
     scans, remark = None, ""
     try:
         store = dataset.open(root, protocol)
-        store.check([*split.train, *split.extra, *split.test])
+        store.check(parts.cases)
         scans = memory_plan.sizes(store, (split.labeled(spec.labeled), unlabeled, split.test), protocol.downsample,
                                   len(dataset.channels(protocol)), getattr(torch, spec.storage))
     except data_prep.DataError as error:
@@ -111,6 +167,24 @@ def show_plan(spec: RunSpec, options: RunOptions, say=print) -> None:
     say(f"{remark}{spec.method} on {device.type} in {spec.precision}, {spec.labeled_batch} + {spec.unlabeled_batch} "
         f"samples of {'x'.join(map(str, spec.patch))}, {'with' if options.checkpointing else 'without'} checkpointing"
         f"{'' if options.compile == 'none' else ', as if not compiled'}\n\n{found}")
+
+
+def write_prediction(folder: Path, case: str, predicted: np.ndarray, spacing) -> None:
+    """Write a class map into a run's folder as NIfTI on the stored grid, for pictures of the case."""
+    import nibabel
+
+    path = folder / PREDICTIONS / f"{case}.nii.gz"
+    path.parent.mkdir(exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(predicted, np.diag([*spacing, 1.0])), path)
+
+
+def costs(method: Method, spec: RunSpec, options: RunOptions, dataset, protocol) -> dict:
+    """Trainable parameters, and samples through networks per step; None where a step decides by its values."""
+    found = dict.fromkeys(records.PASSES)
+    with suppress(UserError):
+        counted = passes.per_step(lambda: new_method(spec, options, dataset, protocol), spec)
+        found = dict(zip(records.PASSES, counted, strict=True))
+    return {"parameters": parameter_count(method)} | found
 
 
 def protocol_of(spec: RunSpec, dataset):
@@ -149,14 +223,14 @@ def same_data(path: Path, record: dict, data: dict) -> None:
                             f"{data[key] or 'none'} as now; remove it to start again, or take another --out")
 
 
-def describe(spec: RunSpec, data: dict, split, device: torch.device) -> dict:
+def describe(spec: RunSpec, data: dict, split, unlabeled: tuple[str, ...], device: torch.device) -> dict:
     """The part of a record that is known before training."""
     return {
         "schema": records.SCHEMA, "id": spec.id, "spec": spec.stated, "hp_hash": spec.hp_hash,
         "data": {key: data[key] for key in ("recipe", "sha256", "label_guided", "spacing_known")},
         "split": {"name": split.name, "fold": split.fold, "folds": split.folds, "sha256": split.sha256,
                   "per_patient": split.per_patient,
-                  "labeled": split.labeled(spec.labeled), "unlabeled": split.unlabeled(spec.labeled),
+                  "labeled": split.labeled(spec.labeled), "unlabeled": unlabeled,
                   "test": split.test},
         "selection": "last",
         "evaluation": {"precision": spec.evaluation_precision, "patch": spec.patch, "stride": spec.stride,

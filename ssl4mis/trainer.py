@@ -36,13 +36,13 @@ class TrainingStopped(Exception):
 class Trainer:
     """Trains one method on one loader as a `RunSpec` says, resuming from `folder` when a checkpoint is there.
 
-    `hint` is said where the run would take hours on a CPU; `log_every`, `save_every` and `compile` as in `RunOptions`.
+    `hint` is said where the run would take hours on a CPU; the others are as in `RunOptions`.
     """
 
     def __init__(self, method: Method, loader: Loader, spec: RunSpec, folder: Path, hint: str = "",
-                 log_every: int = 25, save_every: int = 250, compile: str = "none"):
+                 log_every: int = 25, save_every: int = 250, compile: str = "none", keep_every: int = 0):
         self.method, self.loader, self.spec, self.folder, self.hint = method, loader, spec, folder, hint
-        self.log_every, self.save_every = log_every, save_every
+        self.log_every, self.save_every, self.keep_every = log_every, save_every, keep_every
         self.fabric = Fabric(accelerator=loader.device.type, devices=1, precision=spec.precision)
         self.model = self.fabric.setup_module(method.to(memory_format=channels_last(method.task.spatial_dims)))
         if compile != "none":
@@ -86,12 +86,15 @@ class Trainer:
             log = self.step == total or self.done % self.log_every == 0
             stop = self.interrupted  # read once: a signal from here on is seen in the next step
             save = stop or self.step == total or self.done % self.save_every == 0
-            if log or save:
+            keep = self.keep_every and self.done % self.keep_every == 0 and self.done < self.spec.iterations
+            if log or save or keep:
                 self._refuse_bad(terms, stage)
             if log:
                 self._log(terms, watched, stage, (self.done - since) / (time.monotonic() - started))
             if self.done == first + 10:
                 self._estimate((time.monotonic() - started) / (self.done - since))
+            if keep:
+                checkpoint.keep(self.folder, self.done, self.method.state_dict())
             if save:
                 spent = time.monotonic() - started
                 self.seconds, started, since = self.seconds + spent, started + spent, self.done

@@ -19,10 +19,10 @@ LAYERS = (
     ("networks", "data_prep"),
     tuple(f"ssl4mis.{m}" for m in
           "errors method batch losses schedules ops augment inference distance correlation metrics optional surface "
-          "edt components kernels".split()),
+          "edt components kernels calibration".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
-    ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict"),
+    ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict", "ssl4mis.reproduce"),
     ("benchmarks",),
 )
 

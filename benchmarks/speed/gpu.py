@@ -405,7 +405,7 @@ def evaluated(bench: Bench, trainer: Trainer, test: list[str], targets: dict, pr
 
     def scores(cases):
         return evaluate(trainer.method, bench.store, cases, targets, spec.patch, spec.stride, bench.device,
-                        lambda done, case: stamps.append(time.perf_counter()), precision=precision)
+                        lambda done, case: stamps.append(time.perf_counter()), precision=precision).cases
 
     scores(test[:1])
     stamps[:] = [time.perf_counter()]

@@ -40,5 +40,5 @@ def test_it_learns(method_name, setting, tmp_path):
                     spec.augmentation, "cpu", needs=s.cls.needs)
     method = s.method(width=4)
     Trainer(method, loader, spec, tmp_path).fit()
-    rows = evaluate(method, Ellipses(), TEST, {"ellipse": (1,)}, spec.patch, [8, 8], "cpu")
+    rows = evaluate(method, Ellipses(), TEST, {"ellipse": (1,)}, spec.patch, [8, 8], "cpu").cases
     assert min(row["dice"] for row in rows) > 0.9, rows

@@ -68,7 +68,7 @@ class Store:
 
 
 def rows(method, targets=TARGETS, patch=PATCH, **options):
-    found = evaluate(method, Store(), CASES, targets, patch, STRIDE, "cpu", **options)
+    found = evaluate(method, Store(), CASES, targets, patch, STRIDE, "cpu", **options).cases
     return {(row["case"], row["class"]): row for row in found}
 
 
@@ -111,7 +111,7 @@ def test_distances_in_voxels_and_mm():
     """The image shows everything one voxel further along the last axis."""
     store = Store()
     store.image = lambda case: np.roll(Store.label(Store(), case), 1, axis=-1)[None].astype(np.float32)
-    (found,) = [row for row in evaluate(Oracle(), store, ["large"], TARGETS, PATCH, STRIDE, "cpu")
+    (found,) = [row for row in evaluate(Oracle(), store, ["large"], TARGETS, PATCH, STRIDE, "cpu").cases
                 if row["class"] == "wall"]
     assert found["hd95_max_voxel"] == 1
     assert found["hd95_max_mm"] == SPACING[2]
@@ -122,7 +122,7 @@ def test_distances_in_voxels_and_mm():
 def test_every_case_has_its_own_spacing():
     store = Store()
     store.spacing = lambda case: SPACING if case == "large" else (2.0, 2.0, 2.0)
-    found = {row["case"]: row for row in evaluate(Oracle(), store, CASES, {"chamber": (1,)}, PATCH, STRIDE, "cpu")}
+    found = {row["case"]: row for row in evaluate(Oracle(), store, CASES, {"chamber": (1,)}, PATCH, STRIDE, "cpu").cases}
     assert found["large"]["diagonal_mm"] == pytest.approx(math.hypot(21, 18, 13 * 2.5))
     assert found["small"]["diagonal_mm"] == pytest.approx(2 * math.hypot(12, 20, 7))
 
@@ -161,7 +161,7 @@ def test_classes_and_regions_of_one_class_score_alike():
 @pytest.mark.parametrize("patch", [(21, 18), (42, 36)])
 def test_slices_are_predicted_in_two_dimensions_and_scored_as_volumes(patch):
     method = Oracle(dims=2)
-    found = evaluate(method, Store(), ["large"], TARGETS, patch, None, "cpu", slices=True)
+    found = evaluate(method, Store(), ["large"], TARGETS, patch, None, "cpu", slices=True).cases
     assert method.shapes == [(13, 1, *patch)]
     assert [row["dice"] for row in found] == [1, 1, 1]
     assert found[0]["diagonal_mm"] == pytest.approx(math.hypot(21, 18, 13 * 2.5))
