@@ -147,3 +147,33 @@ def test_drop_previous(folder):
     checkpoint.drop_previous(folder)
     checkpoint.drop_previous(folder)
     assert [p.name for p in folder.iterdir()] == [LATEST]
+
+
+def test_kept_weights_stay_and_are_found_in_order(folder):
+    for done in (1000, 20, 300):
+        checkpoint.keep(folder, done, state(done)["method"])
+    checkpoint.save(folder, state(3))
+    checkpoint.drop_previous(folder)
+    found = checkpoint.kept(folder)
+    assert list(found) == [20, 300, 1000]
+    assert all(checkpoint.read(path)["weight"].eq(done).all() for done, path in found.items())
+    cut(found[300])
+    with pytest.raises(UserError, match="000300.ckpt: damaged"):
+        checkpoint.read(found[300])
+
+
+def test_no_weights_kept(tmp_path):
+    assert checkpoint.kept(tmp_path) == {}
+
+
+def test_the_fingerprint_is_of_names_types_shapes_and_values():
+    weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7)}
+    found = checkpoint.fingerprint(weights)
+    assert len(found) == 64 and found == checkpoint.fingerprint(dict(sorted(weights.items())))
+    strided = torch.arange(6.0).reshape(2, 3).t().contiguous().t()  # the same values elsewhere in memory
+    assert found == checkpoint.fingerprint(weights | {"b": strided})
+    others = [weights | {"b": weights["b"].reshape(3, 2)}, weights | {"b": weights["b"].double()},
+              weights | {"b": weights["b"] + torch.tensor([[0, 0, 0], [0, 0, 1e-6]])}, weights | {"a": torch.tensor(8)},
+              {"c": weights["b"], "a": weights["a"]}, {"a": weights["a"]}]
+    assert len({found, *map(checkpoint.fingerprint, others)}) == 1 + len(others)
+    assert checkpoint.fingerprint({"x": torch.ones(2, dtype=torch.bfloat16)})

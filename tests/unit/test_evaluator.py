@@ -78,6 +78,24 @@ def test_rows_are_those_of_a_record():
     assert all(set(row) == KEYS for row in found.values())
 
 
+def test_every_case_is_calibrated_and_its_class_map_kept():
+    kept = {}
+    method = Oracle(lambda label: (label > 0).long())  # all structures are the first one
+    found = evaluate(method, Store(), CASES, TARGETS, PATCH, STRIDE, "cpu", keep=kept.__setitem__)
+    assert [row["case"] for row in found.calibration] == list(CASES) == list(kept)
+    for row in found.calibration:
+        truth = Store().label(row["case"])
+        wrong = np.mean(truth > 1)  # and certain
+        assert row["ece"] == pytest.approx(wrong, rel=1e-6)
+        assert row["nll"] == pytest.approx(wrong * -math.log(1e-12), rel=1e-6)
+        assert kept[row["case"]].dtype == np.uint8 and np.array_equal(kept[row["case"]], truth > 0)
+
+
+def test_planes_are_calibrated_as_volumes():
+    found = evaluate(Oracle(dims=2), Store(), CASES, TARGETS, (42, 40), None, "cpu", slices=True)
+    assert found.calibration == [{"case": case, "ece": 0, "nll": 0} for case in CASES]
+
+
 def test_the_truth_scores_one():
     for row in rows(Oracle()).values():
         assert row["dice"] == row["jaccard"] == 1

@@ -43,6 +43,13 @@ def test_write_and_read_give_the_same_record(tmp_path):
     assert [item.name for item in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
+def test_calibration_and_costs_are_read_where_they_are_there(tmp_path):
+    record = make()
+    record["calibration"] = [{"case": f"case{n}", "ece": 0.1, "nll": 0.2} for n in range(2)]
+    record["costs"] = {"parameters": 10, "forward_passes": None, "backward_passes": 4.5}
+    assert records.read(records.write(record, tmp_path)) == record
+
+
 def test_rows_take_one_line_each(tmp_path):
     lines = records.write(make(), tmp_path).read_text().splitlines()
     for name in ("case0", "case1"):
@@ -131,6 +138,11 @@ BROKEN = {
     "cases[0].asd_mm is -1.0": put(-1.0, "cases", 0, "asd_mm"),
     "cases holds 2 rows, expected exactly one": put("other", "cases", 0, "case"),
     "cases holds 1 rows": drop("cases", 0),
+    "costs lacks 'parameters'": put({}, "costs"),
+    "costs.forward_passes is 'many', expected float": put(
+        {"parameters": 1, "forward_passes": "many", "backward_passes": None}, "costs"),
+    "calibration[0].nll is None, expected float": put([{"case": "case0", "ece": 0.1, "nll": None}], "calibration"),
+    "calibration holds 1 rows, expected exactly one": put([{"case": "case0", "ece": 0.1, "nll": 0.1}], "calibration"),
 }
 
 
@@ -182,7 +194,7 @@ def test_digest_is_the_known_sha256_whatever_the_order():
 def test_tables_need_neither_torch_nor_plots():
     code = (
         "import sys; from ssl4mis import records, selection, leaderboard, report;"
-        "print([name for name in ('torch', 'matplotlib', 'pandas', 'numpy', 'rich') if name in sys.modules])"
+        "print([name for name in ('torch', 'matplotlib', 'pandas', 'scipy', 'jinja2', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -64,9 +64,10 @@ def spec(**changes):
                       "weight_decay": 0.0, "schedule": "constant", "precision": "32-true"} | changes)
 
 
-def make(folder, method=None, log_every=1, save_every=4, hint="", **changes):
+def make(folder, method=None, log_every=1, save_every=4, hint="", keep_every=0, **changes):
     loader = Loader(Store(), ("a", "b", "c"), ("d", "e"), (4, 4), (2, 2), 0, (), "cpu")
-    return Trainer(method or Ramp(), loader, spec(**changes), folder, hint, log_every, save_every)
+    return Trainer(method or Ramp(), loader, spec(**changes), folder, hint, log_every, save_every,
+                   keep_every=keep_every)
 
 
 def events(folder):
@@ -344,3 +345,23 @@ def test_losses_are_logged_every_so_many_steps(tmp_path):
     curve = make(tmp_path, log_every=3, save_every=100, iterations=9).fit()["curve"]
     assert [e["done"] for e in curve] == [3, 6, 9]
     assert [e["watch"]["step"] for e in curve] == [2.0, 5.0, 8.0]
+
+
+def test_weights_are_kept_on_the_way_and_again_after_a_crash(tmp_path):
+    """Every weight loses 1 in a step, so that it tells how many there were. The last ones are in the checkpoint."""
+    def kept(folder):
+        return {done: float(checkpoint.read(path)["weight"][0]) for done, path in checkpoint.kept(folder).items()}
+
+    make(tmp_path, keep_every=3).fit()
+    assert kept(tmp_path) == {3: -3, 6: -6, 9: -9}
+    (tmp_path / "none").mkdir()
+    make(tmp_path / "none").fit()
+    assert kept(tmp_path / "none") == {}
+    (tmp_path / "cut").mkdir()
+    stopped = Ramp()
+    stopped.hp = at(8, crash)
+    with pytest.raises(Crash):
+        make(tmp_path / "cut", stopped, keep_every=3).fit()
+    assert kept(tmp_path / "cut") == {3: -3, 6: -6}
+    make(tmp_path / "cut", keep_every=3).fit()
+    assert kept(tmp_path / "cut") == kept(tmp_path)
