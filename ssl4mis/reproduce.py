@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from data_prep import DataError
 from ssl4mis import analysis, config, leaderboard, records, statistics
 from ssl4mis.config import RunOptions, RunSpec
 from ssl4mis.errors import UserError
-from ssl4mis.run import run
+from ssl4mis.run import exit_status, run
 from ssl4mis.selection import run_scores
 
 FOLDER = "reproductions"
@@ -26,21 +25,24 @@ def main(argv: list[str]) -> int:
     parser.add_class_arguments(RunOptions, skip={"compile", "checkpointing"})
     settings = parser.parse_args(config.in_order(argv)).as_dict()
     name = settings.pop("reproduce")
-    try:
-        return 0 if reproduce(name, RunOptions(**settings)) else 1
-    except (UserError, DataError, ValueError) as error:
-        parser.error(error)
+    held = []
+    status = exit_status(lambda: held.append(reproduce(name, RunOptions(**settings))))
+    return status or int(not held[0])
+
 
 
 def reproduce(name: str, options: RunOptions, say=print) -> bool:
     """Run a record again with its settings, and say whether the new result lies in the interval of the record's row.
 
-    Threads, compilation and checkpointing are those of the record. ValueError, UserError or DataError, one line, where
-    it cannot be run; TrainingStopped as of `run`.
+    Threads, compilation and checkpointing are those of the record. UserError or DataError, one line, where it cannot
+    be run; TrainingStopped as of `run`.
     """
     folder = options.out / "records"
-    record = records.read(find(name, folder))
-    group = row_of(record, records.read_all(folder))
+    try:
+        record = records.read(find(name, folder))
+        group = row_of(record, records.read_all(folder))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     spec, before = spec_of(record), record["environment"]
     if record["device"]["type"] == "cpu" and "threads" in before:
         torch.set_num_threads(before["threads"])

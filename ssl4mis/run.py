@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from ssl4mis.loading import Loader
 from ssl4mis.method import Method, Task
 from ssl4mis.progress import duration, paced
 from ssl4mis.selection import run_scores
-from ssl4mis.trainer import Trainer
+from ssl4mis.trainer import Trainer, TrainingStopped
 
 PACKAGES = ("torch", "monai", "numpy", "scipy", "h5py", "lightning-fabric")
 PREDICTIONS = "predictions"  # folder of a run
@@ -117,6 +118,22 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     say(f"Dice {100 * scores['dice']:.2f} %, 95HD {scores['hd95_voxel']:.2f} voxels, {scores['missed']} missed, "
         f"{duration(timing['train_seconds'])} of training: {path}")
     return path
+
+
+def exit_status(job) -> int:
+    """Do a job of `run.py`: 0 done, 1 the loss was not finite, 2 bad input, 130 stopped and resumable; says why."""
+    try:
+        job()
+    except (UserError, data_prep.DataError) as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as stop:
+        print(stop, file=sys.stderr)
+        return 130 if stop.resumable else 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 def peek_test(spec: RunSpec, options: RunOptions, say=print) -> Path:
