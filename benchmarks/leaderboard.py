@@ -1,32 +1,35 @@
-"""Regenerate results/leaderboard.csv and the README's table from the run records; print the table."""
+"""Regenerate results/leaderboard.csv and the README's table from the run records; print the table, or part of it."""
 
 import argparse
 import sys
 
-from ssl4mis import leaderboard, records
+from ssl4mis import leaderboard
 
 
 def main(argv=None) -> int:
     """Exit status: 0 done or up to date, 1 a file would change (--check), 2 a record or an argument is bad."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", default="results", help="folder with records/ and reported.csv (%(default)s)")
-    parser.add_argument("--readme", help="file with the leaderboard markers (README.md beside the results folder)")
-    parser.add_argument("--check", action="store_true", help="write nothing; name the files that would change")
+    add = parser.add_argument
+    add("--results", default="results", help="folder with records/ and reported.csv (%(default)s)")
+    add("--readme", help="file with the leaderboard markers (README.md beside the results folder)")
+    add("--check", action="store_true", help="write nothing; name the files that would change")
+    add("--format", choices=leaderboard.FORMATS, help="print rows in this form; the committed files stay as they are")
+    add("--out", help="a file for what --format or a filter prints")
+    for name in leaderboard.FILTERS:
+        add(f"--{name}", action="append", metavar="A,B", help=f"only rows of this {name} or these; implies --format")
     options = parser.parse_args(argv)
+    wanted = {name: getattr(options, name) for name in leaderboard.FILTERS if getattr(options, name)}
+    part = bool(wanted or options.format or options.out)
+    if part and (options.check or options.readme):
+        parser.error("--check and --readme are about all rows: expected no filter, --format or --out beside them")
     try:
-        table, texts = leaderboard.outputs(options.results, options.readme)
-    except ValueError as error:
+        if part:
+            leaderboard.show(options.results, wanted, options.format, options.out)
+            return 0
+        return leaderboard.regenerate(options.results, options.readme, options.check)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    changed = leaderboard.stale(texts)
-    if options.check:
-        for path in changed:
-            print(f"{path} differs from the records: run benchmarks/leaderboard.py", file=sys.stderr)
-        return 1 if changed else 0
-    for path in changed:
-        records.write_text(path, texts[path])
-    leaderboard.print_table(table)
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from ssl4mis.selection import row_scores
 LARGER_IS_BETTER = dict.fromkeys(OVERLAPS, True) | dict.fromkeys(DISTANCES, False)  # and all metrics there are
 LEVEL = 0.05
 SPLITS = 500  # random splits of the test patients in halves, each used in both directions
-# settings in which a method and its supervised baseline differ by nature, and those that no group mixes
-METHOD_SETTINGS = ("method", "hp", "unlabeled_batch")
-PLACE = ("dataset", "protocol", "recipe", "labeled", "unlabeled", "control", "fold", "seed")
-SAME_SETTINGS = ("network", "width", "precision", "labeled_batch", "iterations")
+SAME_SETTINGS = ("network", "width", "precision", "labeled_batch", "iterations")  # of a method and its baseline
+# what is no setting of the training alone: of the method, and of the data
+OTHERS = ("method", "hp", "unlabeled_batch",
+          "dataset", "protocol", "recipe", "labeled", "unlabeled", "control", "fold", "seed")  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -183,12 +183,15 @@ def compare(first: Group, second: Group, metric: str = "dice", policy: str = "pe
         wins, losses = losses, wins
     p = stats.wilcoxon(differences)
     note = "; ".join(_notes(first, second, len(common), wins + losses))
-    mean, interval = fmean(differences), stats.mean_interval(differences)
-    return Pair(first, second, metric, len(common), mean, *interval, p, p, wins, ties, losses, note)
+    return Pair(first, second, metric, len(common), fmean(differences), *stats.mean_interval(differences), p, p,
+                wins, ties, losses, note)  # fmt: skip
 
 
 def versus_supervised(groups: Sequence[Group], metric: str = "dice", policy: str = "penalty") -> list[Pair]:
-    """Every method against its supervised baseline; Holm over the pairs of a table. Without a baseline: no pair."""
+    """Every method against its supervised baseline: planned pairs, with Holm over those of a table and this metric.
+
+    A method without a baseline has no pair; a note names settings of the training in which the two differ.
+    """
     found = []
     for table in tables(groups):
         pairs = []
@@ -285,37 +288,38 @@ def selection_gaps(groups: Iterable[Group], peeks: Iterable[dict]) -> list[Gap]:
 def label_efficiency(groups: Iterable[Group], metric: str = "dice") -> list[Curve]:
     """Mean score against the number of labeled patients, per method and settings; the area is over log2 of it.
 
-    Groups of a curve are equal in all but that number, and what is left of the training list is unlabeled. Data sets
-    on which no method has two numbers are left out; where one has, the others stand beside it with one point.
+    Groups of a curve are equal in all but that number, and what is left of the training list is unlabeled: nothing,
+    where all are labeled. Data sets on which no method has two numbers are left out; where one has, the others stand
+    beside it with one point.
     """
-    families = defaultdict(lambda: defaultdict(dict))
+    families = defaultdict(list)
     for group in _measured(groups, metric):
         if not control_of(group):
-            *family, labeled = _place(group)
-            families[(*family, _spec(group).get("unlabeled"))][_settings(group)][labeled] = group
-    return [curve for curves in families.values() for curve in _curves(curves.values(), metric, log2=True)]
+            *family, _ = _place(group)
+            families[(*family, _spec(group).get("unlabeled"))].append(group)
+    curves = (_members(family, lambda group: _spec(group)["labeled"]) for family in families.values())
+    return [curve for members in curves for curve in _curves(members, metric, log2=True)]
 
 
 def unlabeled_efficiency(groups: Sequence[Group], metric: str = "dice") -> list[Curve]:
     """Mean score against the number of unlabeled patients, at one labeled count; the area is over the number itself.
 
-    The point at 0 is the supervised baseline, where there is one. Data sets on which no method has two numbers of its
-    own are left out.
+    The point at 0 is the method without any or, where that was not run, the supervised baseline. Data sets on which no
+    method has two numbers of its own are left out.
     """
-    families = defaultdict(lambda: defaultdict(dict))
+    families = defaultdict(list)
     for group in _measured(groups, metric):
         if not control_of(group) and _spec(group)["method"] != "supervised":
-            curve, x = families[_place(group)][_settings(group)], _unlabeled(group)
-            if x not in curve or "unlabeled" not in _spec(group):  # all of them, named by their number, are a twin
-                curve[x] = group
+            families[_place(group)].append(group)
     found = []
-    for curves in families.values():
-        if any(len(curve) > 1 for curve in curves.values()):
-            for curve in curves.values():
+    for family in families.values():
+        curves = _members(family, _unlabeled)
+        if any(len(curve) > 1 for curve in curves):
+            for curve in curves:
                 without = baseline(next(iter(curve.values())), groups)
                 if without is not None:
                     curve.setdefault(0, without)
-            found += _curves(curves.values(), metric, log2=False)
+            found += _curves(curves, metric, log2=False)
     return found
 
 
@@ -390,6 +394,25 @@ def _held_out(scores):
         best = len(scores) - 1 - scores[::-1][:, choosing].mean(-1).argmax(0)
         np.add.at(total, scored, scores[best[:, None], scored] - scores[-1][scored])
     return total / SPLITS
+
+
+def _members(groups, number):
+    """Groups of one family by settings and number of patients, one {number: group} per curve.
+
+    A run that was given no unlabeled case draws none, which is no other setting: it joins the curves of its method.
+    """
+    curves = defaultdict(dict)
+    for group in groups:
+        curves[_settings(group)][number(group)] = group
+    for group in groups:
+        if not _spec(group)["unlabeled_batch"] and not any(run["split"]["unlabeled"] for run in group.runs):
+            joined = [curve for curve in curves.values() if any(
+                _spec(other)["unlabeled_batch"] and _same_method(group, other) for other in curve.values())]
+            for curve in joined:
+                curve.setdefault(number(group), group)
+            if joined:
+                curves.pop(_settings(group), None)
+    return list(curves.values())
 
 
 def _curves(curves, metric, log2):
@@ -494,15 +517,24 @@ def _settings(group):
 
 
 def _differing(group, other):
-    """Settings other than the method's own in which two groups differ, sorted."""
+    """Settings of the training in which two groups differ, sorted."""
     one, two = _spec(group), _spec(other)
-    return sorted(key for key in (one.keys() | two.keys()) - {*METHOD_SETTINGS, *PLACE} if one.get(key) != two.get(key))
+    return sorted(key for key in (one.keys() | two.keys()) - set(OTHERS) if one.get(key) != two.get(key))
+
+
+def _same_method(group, other):
+    """Whether two groups differ in nothing but the data and the number of unlabeled samples in a step."""
+    one, two = _spec(group), _spec(other)
+    return (one["method"], one["hp"]) == (two["method"], two["hp"]) and not _differing(group, other)
 
 
 def _unlabeled(group):
-    """Unlabeled patients that a run saw: as many as asked for, or the mean over runs, for folds differ by one."""
-    count = _spec(group).get("unlabeled")
-    return fmean(len(run["split"]["unlabeled"]) / _per_patient(run) for run in group.runs) if count is None else count
+    """Unlabeled patients that a run draws from: as many as asked for, or the mean over runs, as folds may differ."""
+    spec = _spec(group)
+    if not spec["unlabeled_batch"]:
+        return 0
+    every = fmean(len(run["split"]["unlabeled"]) / _per_patient(run) for run in group.runs)
+    return spec.get("unlabeled", every)
 
 
 def _measurable(group, metric):

@@ -92,7 +92,7 @@ def verdict(record: dict, new: dict, group: leaderboard.Group) -> tuple[bool, li
     are too few for an interval.
     """
     old_dice, new_dice = (100 * run_scores(entry)["dice"] for entry in (record, new))
-    low, high = (100 * end for end in statistics.mean_interval(list(analysis.case_scores(group).values())))
+    low, high = (100 * end for end in statistics.mean_interval(list(analysis.patient_scores(group).values())))
     runs = f"{len(group.runs)} run{'s' * (len(group.runs) > 1)}"
     if low == low:
         holds = low <= new_dice <= high

@@ -5,6 +5,7 @@ from statistics import fmean
 from ssl4mis.records import DISTANCES, OVERLAPS
 
 METRICS = OVERLAPS + DISTANCES
+CALIBRATION = ("ece", "nll")
 
 RULES = {
     "last": lambda record: record["selection"] == "last",  # the checkpoint after the last iteration, no peeking
@@ -49,7 +50,8 @@ def run_scores(record: dict, policy: str = "penalty") -> dict:
     """Scores of one run: mean over cases per class, then over classes; Dice and Jaccard in 0..1.
 
     Keys are METRICS, the counts `missed` and `false_alarm` over all rows, and `classes`, which maps
-    each foreground class to the same keys. Raises ValueError for an unknown policy.
+    each foreground class to the same keys; and `ece` and `nll`, means over all test cases, None in older records.
+    Raises ValueError for an unknown policy.
     """
     classes = {
         name: mean_scores((row for row in record["cases"] if row["class"] == name), policy)
@@ -57,7 +59,9 @@ def run_scores(record: dict, policy: str = "penalty") -> dict:
     }
     scores = {key: fmean(values[key] for values in classes.values()) for key in METRICS}
     counts = {key: sum(values[key] for values in classes.values()) for key in ("missed", "false_alarm")}
-    return scores | counts | {"classes": classes}
+    calibration = {key: fmean(row[key] for row in record["calibration"]) if record.get("calibration") else None
+                   for key in CALIBRATION}
+    return scores | counts | calibration | {"classes": classes}
 
 
 def _named(table, what, name):

@@ -213,22 +213,26 @@ def row(**values):
 
 
 def test_ours_stand_beside_the_published_numbers_of_the_same_data():
+    mine = {"source": "measured", "protocol": "lite", "split": "S", "network": "vnet", "batch": "2+2",
+            "precision": "p", "hp_hash": "abc"}
     found = cards.scores("m", [
-        row(source="measured", labeled="16", protocol="lite", split="S", network="vnet", batch="2+2", precision="p",
-            Dice="80.00", Dice_sd="0.50", n="3", complete="yes", hp_hash="abc"),
-        row(source="measured", labeled="8", protocol="lite", split="S", network="vnet", batch="2+2", precision="p",
-            Dice="70.00", n="1", complete="no", hp_hash="abc"),
-        row(source="reported", labeled="16", split="80/20", Dice="88.0", reference="Paper T1 (read); and more"),
+        row(**mine, labeled="16", unlabeled="64", Dice="80.00", Dice_sd_seeds="0.50", runs="3", complete="yes",
+            versus_published="below"),
+        row(**mine, labeled="8", unlabeled="72", Dice="70.00", Dice_sd_folds="0.1", runs="1", complete="no"),
+        row(**mine, labeled="8", unlabeled="9", Dice="60.00", runs="1", complete="yes", control="noise"),
+        row(source="reported", labeled="16", unlabeled="64", split="80/20", Dice="88.0",
+            reference="Paper T1 (read); and more"),
         row(source="reported", labeled="8", split="80/20", Dice="86", reference="Other T2 via Third: all"),
         row(source="reported", labeled="8", method="other", Dice="99", reference="x"),
         row(source="reported", dataset="ACDC", labeled="70", split="70/10/20", Dice="91", reference="Paper, read in x"),
     ])
-    assert found.splitlines()[2:7] == [
-        "| ACDC | 70 | 91 |  | 70/10/20 | Paper |",
-        "| LA | 8 | **70.00** | 1 | lite, S, vnet, 2+2, p | ours, settings abc, folds missing |",
-        "| LA | 8 | 86 |  | 80/20 | Other T2 via Third |",
-        "| LA | 16 | **80.00 ± 0.50** | 3 | lite, S, vnet, 2+2, p | ours, settings abc |",
-        "| LA | 16 | 88.0 |  | 80/20 | Paper T1 |",
+    assert found.splitlines()[2:8] == [
+        "| ACDC | 70 |  | 91 |  | 70/10/20 | Paper |",
+        "| LA | 8 | 72 | **70.00** | 1 | lite, S, vnet, 2+2, p | ours, settings abc, folds missing |",
+        "| LA | 8 | 9 | **60.00** | 1 | lite, S, vnet, 2+2, p | ours, settings abc, control noise |",
+        "| LA | 8 |  | 86 |  | 80/20 | Other T2 via Third |",
+        "| LA | 16 | 64 | **80.00 ± 0.50** | 3 | lite, S, vnet, 2+2, p | ours, settings abc, below published |",
+        "| LA | 16 | 64 | 88.0 |  | 80/20 | Paper T1 |",
     ]
     assert "Comparable only where protocol and selection agree" in found
     assert cards.scores("nobody", []) == ""
@@ -236,7 +240,7 @@ def test_ours_stand_beside_the_published_numbers_of_the_same_data():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_number_of_a_method_is_left_out(name, table):
-    dice = [line.split(" | ")[2].strip("*").partition(" ")[0] for line in cards.scores(name, table).splitlines()[2:]
+    dice = [line.split(" | ")[3].strip("*").partition(" ")[0] for line in cards.scores(name, table).splitlines()[2:]
             if line.startswith("| ")]
     assert sorted(dice) == sorted(row["Dice"] for row in table if row["method"] == name)
 

@@ -26,7 +26,7 @@ def again(record, shift=0.0, **changes):
 
 def test_a_result_inside_the_interval_of_its_row_holds():
     record = make_record(dice=DICE, cases=10)
-    low, high = statistics.mean_interval(list(analysis.case_scores(row(record)).values()))
+    low, high = statistics.mean_interval(list(analysis.patient_scores(row(record)).values()))
     mean = sum(DICE) / 10
     assert low < mean < high
     for shift, expected in [(0, True), (high - mean - 1e-6, True), (high - mean + 1e-6, False),
