@@ -2,11 +2,13 @@
 
 A method asks for `SegNet`s with the heads it needs and reads `Output`; it never sees which backbone is inside.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from networks import ranks
 from networks.batchnorm import channels_last  # noqa: F401  (offered here, defined below the blocks)
 from networks.blocks import CONV, strides
 
@@ -43,8 +45,8 @@ class NetSpec:
 class Features(NamedTuple):
     """Feature maps from fine to coarse; `decoder[0]` has the resolution of the input."""
 
-    encoder: list[Tensor]
-    decoder: list[Tensor]
+    encoder: Sequence[Tensor]
+    decoder: Sequence[Tensor]
 
 
 class Output(NamedTuple):
@@ -143,13 +145,26 @@ class SegNet(nn.Module):
     def forward(self, x: Tensor) -> Output:
         return self.decode(self.encode(x))
 
-    def encode(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor) -> Sequence[Tensor]:
         """Image -> encoder features, fine to coarse; PatchError if the backbone cannot take its size."""
         check_patch(self.backbone, x.shape[2:])
-        return self.backbone.encode(x)
+        if not ranks.active():
+            return self.backbone.encode(x)
+        with ranks.part(len(x), x.device):
+            return ranks.Shared(self.backbone.encode(ranks.share(x)), len(x))
 
-    def decode(self, skips: list[Tensor]) -> Output:
+    def decode(self, skips: Sequence[Tensor]) -> Output:
         """Encoder features, perturbed or not, -> `Output`."""
+        if not ranks.active():
+            return self._decode(skips)
+        if not isinstance(skips, ranks.Shared):  # they were looked at: each process takes its samples again
+            skips = ranks.Shared([ranks.share(level) for level in skips], len(skips[0]))
+        with ranks.part(skips.samples, skips.own[0].device):
+            heads, features = self._decode(skips.own)
+        return Output({name: ranks.gather(found, skips.samples) for name, found in heads.items()},
+                      Features(skips, ranks.Shared(features.decoder, skips.samples)))
+
+    def _decode(self, skips):
         features = Features(skips, self.backbone.decode(skips))
         return Output({name: head(features) for name, head in self.heads.items()}, features)
 

@@ -2,12 +2,15 @@
 
 torch's CPU kernel is inexact there (1e-3 of the variance at full-size patches, depending on the number of threads) and
 slow where channels are few. `networks.fused` is neither; without numba and for other types the contiguous layout is
-exact. Other layouts and devices, and compiled networks, use torch's own batch norm.
+exact. Other layouts and devices, and compiled networks, use torch's own batch norm. Where several processes share a
+batch its statistics are those of all of them.
 """
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from networks import ranks
 
 
 def channels_last(spatial_dims: int) -> torch.memory_format:
@@ -93,21 +96,36 @@ class _ExactBatchNorm:
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         """The norm, and where an activation (a ReLU, leaky or not) is given what it makes of that."""
         usual = self.affine and self.track_running_stats and self.momentum is not None
-        if not (self.training and usual and inexact(x)):
+        if self.training and usual and ranks.in_part():
+            out = self._over_processes(x)
+        elif not (self.training and usual and inexact(x)):
             out = super().forward(x)
         elif not fusible(x):
             out = relaid(super().forward, x)
         else:
             out, mean, variance = Normalize.apply(x, self.weight, self.bias, self.eps, slope(activation), 1)
-            self._follow(mean[0], variance[0], x.numel() // x.shape[1])
+            count = x.numel() // x.shape[1]
+            self._follow(mean[0], variance[0] * (count / max(count - 1, 1)))
             return out
         return out if activation is None else activation(out)
 
+    def _over_processes(self, x: Tensor) -> Tensor:
+        """The norm by the samples of all processes, so that their number does not matter."""
+        axes, shape = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        values = ranks.real(wide)
+        count = ranks.total(wide.new_tensor(values.numel() // x.shape[1]))
+        mean = ranks.total(values.sum(axes)) / count
+        centered = wide - mean.view(shape)
+        variance = ranks.total(ranks.real(centered).square().sum(axes)) / count
+        scale = self.weight / (variance + self.eps).sqrt()
+        self._follow(mean, variance * (count / (count - 1).clamp(min=1)))
+        return (centered * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics towards those of `count` values per channel."""
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards a mean and an unbiased variance per channel."""
         self.num_batches_tracked.add_(1)
-        variance = variance * count / max(count - 1, 1)
         for statistic, seen in ((self.running_mean, mean), (self.running_var, variance)):
             # by `data` as torch's kernel does, which saves them for a backward pass that never reads them
             statistic.data.lerp_(seen.to(statistic.dtype), self.momentum)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from networks import ranks
+
 
 def recompute_stages(model: nn.Module) -> None:
     """Checkpoint every stage of all encoders and decoders in a model from now on.
@@ -45,12 +47,13 @@ class _Passes:
 
     def __call__(self, *inputs):
         if self.first:
-            self.first = False
+            self.first, self.noted = False, ranks.noted()
             return self.forward(*inputs)
         buffers = list(self.forward.__self__.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
-            return self.forward(*inputs)
+            with ranks.again(self.noted):
+                return self.forward(*inputs)
         finally:  # checkpoint leaves by an exception as soon as it has what it needs
             with torch.no_grad():
                 for buffer, value in zip(buffers, before, strict=True):

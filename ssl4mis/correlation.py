@@ -52,11 +52,11 @@ class CorrelationHead(nn.Module):
 
     def compare(self, features: Tensor) -> Tensor:
         """Projected features (B, hidden, *grid) -> correlation; entry [i, j] says how much of i goes to j."""
-        flat = features.float().flatten(2)
+        flat = features.to(self.one.weight.dtype).flatten(2)
         with torch.autocast(features.device.type, enabled=False):
             # as matrix products, since CUDA's convolutions round to ten bits of mantissa (TF32)
             one, other = (conv.weight.flatten(1) @ flat + conv.bias[:, None] for conv in (self.one, self.other))
-            return (one.transpose(1, 2) @ other / math.sqrt(one.shape[1])).softmax(-1)
+            return (one.transpose(1, 2) @ other / math.sqrt(one.shape[1])).softmax(-1).float()
 
     def grid(self, space) -> tuple[int, ...]:
         """Cells per axis of an image of this size."""

@@ -16,16 +16,17 @@ class Reporter:
     """Writes the events of a run and shows them.
 
     On a terminal there is one bar with iterations/s, time left and the loss terms; elsewhere a line now and then.
+    Without a file for the events it is silent, as all processes of a run but the first one are.
     """
 
-    def __init__(self, events: Path, total: int, title: str):
+    def __init__(self, events: Path | None, total: int, title: str):
         self.events, self.total, self.title = events, total, title
         self.console = Console(stderr=True, soft_wrap=True)
         self.bar = self.task = None
         self.spoken = time.monotonic()
 
     def __enter__(self):
-        if sys.stderr.isatty():
+        if self.events and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                        TextColumn("{task.fields[terms]}"))
             self.bar = Progress(*columns, console=self.console).__enter__()
@@ -38,11 +39,14 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for people."""
-        (self.bar.console if self.bar else self.console).print(text, highlight=False, markup=False)
+        if self.events:
+            (self.bar.console if self.bar else self.console).print(text, highlight=False, markup=False)
 
     def rewind(self, done: int) -> list[dict]:
         """Drop events after step `done`, which a resumed run will write again; return the training events kept."""
         kept = []
+        if not self.events:
+            return kept
         if self.events.exists():
             for line in self.events.read_text().splitlines():
                 try:
@@ -56,6 +60,8 @@ class Reporter:
 
     def step(self, event: dict) -> None:
         """Log a training event: {"done": steps finished, "rate": iterations/s, loss terms ...}."""
+        if not self.events:
+            return
         with open(self.events, "a") as file:
             file.write(json.dumps(event) + "\n")
         terms = "  ".join(f"{name} {value:.4f}" for name, value in event["terms"].items())

@@ -15,12 +15,13 @@ import torch
 
 import data_prep
 import networks
+from networks import ranks
 from networks.base import NetSpec, PatchError, parameter_count
 from networks.checkpointing import recompute_stages
 from ssl4mis import __version__, checkpoint, controls, memory, memory_plan, passes, peeks, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
-from ssl4mis.evaluator import evaluate
+from ssl4mis.evaluator import Evaluation, evaluate
 from ssl4mis.leaderboard import data_of
 from ssl4mis.loading import Loader
 from ssl4mis.method import Method, Task
@@ -64,6 +65,11 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     the data or the settings cannot work; TrainingStopped if training ended early.
     """
     memory.keep_pages()
+    ranks.join(pick_device(options.device).type)
+    if ranks.rank():
+        say = silent
+    if ranks.count() > 1 and options.compile != "none":
+        raise UserError(f"compile {options.compile}: expected none with {ranks.count()} processes")
     parts = parts_of(spec, options)
     spec, device, dataset, root, protocol, split = parts
     record_path = options.out / "records" / f"{spec.id}.json"
@@ -80,7 +86,8 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     method = new_method(spec, options, dataset, protocol)
     folder = options.out / "runs" / spec.id
     data = store.provenance(parts.cases) | describe_data(dataset, protocol, store)
-    keep_description(folder, spec, data)
+    if not ranks.rank():
+        keep_description(folder, spec, data)
     counts = [len(part) for part in (split.labeled(spec.labeled), unlabeled, split.test)]
     patients = f" ({spec.labeled} labeled patients)" if split.per_patient > 1 else ""
     say(f"{spec.id}\nreading {spec.dataset}: {counts[0]} labeled and {counts[1]} unlabeled training cases, "
@@ -100,9 +107,10 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
 
     say(f"evaluating {len(split.test)} test cases with the last weights")
     started = time.monotonic()
-    found = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
-                     paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision,
-                     keep=lambda case, predicted: write_prediction(folder, case, predicted, store.spacing(case)))
+    found = evaluate_together(
+        method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+        paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision,
+        keep=lambda case, predicted: write_prediction(folder, case, predicted, store.spacing(case)))
     timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
               "iterations_per_second": spec.iterations / trained["seconds"]}
     record = describe(spec, data, split, unlabeled, device) | {
@@ -111,7 +119,10 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
         "weights_sha256": checkpoint.fingerprint(method.state_dict()),
         "costs": costs(method, spec, options, dataset, protocol),
     }
-    record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing}
+    record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing,
+                              "processes": ranks.count()}
+    if ranks.rank():
+        return record_path
     path = records.write(record, options.out / "records")
     checkpoint.drop_previous(folder)
     scores = run_scores(records.read(path))
@@ -186,12 +197,23 @@ def show_plan(spec: RunSpec, options: RunOptions, say=print) -> None:
         f"{'' if options.compile == 'none' else ', as if not compiled'}\n\n{found}")
 
 
+def silent(text: str) -> None:
+    """What all processes of a run but the first one say."""
+
+
+def evaluate_together(method: Method, store, cases, targets, *settings, **options) -> Evaluation:
+    """`evaluate`, each process its share of the cases; all have all rows."""
+    own = evaluate(method, store, cases[ranks.rank()::ranks.count()], targets, *settings, **options)
+    rows = ranks.collect([own.cases[at:at + len(targets)] for at in range(0, len(own.cases), len(targets))])
+    return Evaluation([row for case in rows for row in case], ranks.collect(own.calibration))
+
+
 def write_prediction(folder: Path, case: str, predicted: np.ndarray, spacing) -> None:
     """Write a class map into a run's folder as NIfTI on the stored grid, for pictures of the case."""
     import nibabel
 
     path = folder / PREDICTIONS / f"{case}.nii.gz"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(nibabel.Nifti1Image(predicted, np.diag([*spacing, 1.0])), path)
 
 
@@ -291,7 +313,15 @@ def pick_device(name: str) -> torch.device:
     """The torch device behind auto, cpu or cuda; UserError where there is no CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no CUDA device here, expected one; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.count() == 1:
+        return torch.device("cuda")
+    if ranks.local_rank() >= torch.cuda.device_count():
+        raise UserError(f"{ranks.local_count()} processes on this machine, expected at most one for each of its "
+                        f"{torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(ranks.local_rank())
+    return torch.device("cuda", ranks.local_rank())
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 
+from networks import ranks
 from networks.base import channels_last
 from networks.compiled import compile_networks
 from ssl4mis import checkpoint
@@ -43,12 +45,16 @@ class Trainer:
                  log_every: int = 25, save_every: int = 250, compile: str = "none", keep_every: int = 0):
         self.method, self.loader, self.spec, self.folder, self.hint = method, loader, spec, folder, hint
         self.log_every, self.save_every, self.keep_every = log_every, save_every, keep_every
-        self.fabric = Fabric(accelerator=loader.device.type, devices=1, precision=spec.precision)
+        together = DDPStrategy(find_unused_parameters=True) if ranks.count() > 1 else "auto"
+        self.fabric = Fabric(accelerator=loader.device.type, devices=ranks.local_count(), precision=spec.precision,
+                             num_nodes=ranks.count() // ranks.local_count(), strategy=together)
+        self.fabric.launch()
+        self.first = ranks.rank() == 0  # the one that writes and speaks
         self.model = self.fabric.setup_module(method.to(memory_format=channels_last(method.task.spatial_dims)))
         if compile != "none":
             compile_networks(method, compile)
         self.plan = plan(method.stages(), spec.iterations)
-        self.reporter = Reporter(folder / "events.jsonl", spec.iterations, spec.method)
+        self.reporter = Reporter(folder / "events.jsonl" if self.first else None, spec.iterations, spec.method)
         self.stage, self.step, self.done, self.seconds = 0, 0, 0, 0.0
         self.optimizers: dict = {}
         self.interrupted = False
@@ -59,6 +65,7 @@ class Trainer:
         TrainingStopped after Ctrl-C or SIGTERM (state saved) and on a loss that is not finite (state not saved).
         """
         state = checkpoint.load(self.folder, self.reporter.say)
+        self.fabric.barrier()  # nobody writes while another one reads
         with self.reporter, _Signals(self):
             if state:
                 self._restore(state)
@@ -84,7 +91,8 @@ class Trainer:
             self.step, self.done = self.step + 1, self.done + 1
             clock = clock._replace(step=clock.step + 1)
             log = self.step == total or self.done % self.log_every == 0
-            stop = self.interrupted  # read once: a signal from here on is seen in the next step
+            # read once: a signal from here on is seen in the next step; several processes agree when they log
+            stop = self.interrupted if ranks.count() == 1 else log and ranks.everywhere(self.interrupted, clock.step)
             save = stop or self.step == total or self.done % self.save_every == 0
             keep = self.keep_every and self.done % self.keep_every == 0 and self.done < self.spec.iterations
             if log or save or keep:
@@ -93,7 +101,7 @@ class Trainer:
                 self._log(terms, watched, stage, (self.done - since) / (time.monotonic() - started))
             if self.done == first + 10:
                 self._estimate((time.monotonic() - started) / (self.done - since))
-            if keep:
+            if keep and self.first:
                 checkpoint.keep(self.folder, self.done, self.method.state_dict())
             if save:
                 spent = time.monotonic() - started
@@ -104,7 +112,8 @@ class Trainer:
                                       "the same command goes on from there", resumable=True)
 
     def _train_step(self, clock: Clock, stage):
-        torch.manual_seed(noise_seed(self.spec.seed, self.stage, self.step))
+        seed = noise_seed(self.spec.seed, self.stage, self.step)
+        torch.manual_seed(seed)
         batch = self.loader.batch(self.stage, self.step)
         schedule = stage.schedule or self.spec.schedule
         rate = learning_rate(schedule, self.spec.learning_rate, self.step, clock.total, stage.drop)
@@ -114,8 +123,9 @@ class Trainer:
             self.method.zero_grad()  # of all phases: one phase's backward pass reaches the others' parameters
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses = self.model(batch, clock._replace(phase=phase))
-            self.fabric.backward(sum(losses.terms.values()))
+            with ranks.spread(seed):
+                losses = self.model(batch, clock._replace(phase=phase))
+                self.fabric.backward(sum(losses.terms.values()))
             if self.spec.clip:
                 self.fabric.clip_gradients(self.model, optimizer, max_norm=self.spec.clip)
             optimizer.step()
@@ -169,6 +179,8 @@ class Trainer:
             for phase in stage.phases}
 
     def _save(self) -> None:
+        if not self.first:
+            return
         checkpoint.save(self.folder, {
             "method": self.method.state_dict(), "precision": self.fabric.strategy.precision.state_dict(),
             "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
