@@ -155,7 +155,7 @@ def control_of(group: Group) -> str:
 
 
 def baseline(group: Group, groups: Iterable[Group]) -> Group | None:
-    """The supervised group on the same cases and labels, with equal network, precision, labeled batch and iterations.
+    """The supervised group on the same cases and labels that is equal in SAME_SETTINGS; a supervised group is its own.
 
     Of several, the one with most other settings in common. None where there is none.
     """

@@ -26,8 +26,9 @@ LAYERS = (
     ("benchmarks",),
 )
 
-# Tables are rebuilt from records on machines without torch.
-TORCH_FREE = tuple(f"ssl4mis/{m}.py" for m in ("records", "selection", "leaderboard", "report"))
+# Tables and reports are rebuilt from records, and suites are listed, on machines without torch.
+TORCH_FREE = tuple(f"ssl4mis/{m}.py" for m in
+                   "records peeks selection statistics analysis leaderboard plots pictures report suites".split())
 TORCH_FREE += ("benchmarks/leaderboard.py", "benchmarks/report.py")
 
 

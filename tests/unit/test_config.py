@@ -97,9 +97,13 @@ def test_scoring_in_half_precision_is_another_row():
 def test_ids_of_the_first_records_stay():
     """A finished run is found again: what was added to the settings later is left out where it is not set."""
     assert "recipe" not in one(USER).stated and one(f"{USER} --recipe clean").stated["recipe"] == "clean"
-    for path in (ROOT / "results" / "records").glob("*.json"):
+    paths = list((ROOT / "results" / "records").glob("*.json"))
+    assert paths
+    for path in paths:
         record = records.read(path)
-        assert RunSpec(**record["spec"]).id == record["id"]
+        spec = RunSpec(**record["spec"])
+        assert (spec.id, spec.hp_hash) == (record["id"], record["hp_hash"])
+        assert config.resolve(spec, data_prep.dataset(spec.dataset)) == [spec]
 
 
 def test_a_method_without_unlabeled_data_gets_none():
@@ -172,8 +176,8 @@ def test_two_files_that_share_the_settings(tmp_path):
 
 
 OTHER = {
-    "method": "mean_teacher", "dataset": "phantom", "protocol": "lite", "labeled": 8, "fold": 1, "seed": 1,
-    "recipe": "clean",
+    "method": "mean_teacher", "dataset": "phantom", "protocol": "lite", "labeled": 8, "unlabeled": 32,
+    "control": "noise", "fold": 1, "seed": 1, "recipe": "clean",
     "network": "unet", "width": 8, "patch": [96, 112, 80], "stride": [18, 18, 8], "iterations": 3000,
     "labeled_batch": 1, "unlabeled_batch": 1, "learning_rate": 0.02, "schedule": "poly", "momentum": 0.8,
     "weight_decay": 0.0, "clip": 1.0, "augmentation": [], "precision": "bf16-mixed", "storage": "float16",
@@ -191,7 +195,8 @@ def test_every_deciding_value_is_part_of_the_id(field):
 
 
 def test_what_leaves_the_result_alone_is_not_part_of_the_id():
-    settings = "--device cpu --data_root /x --out /y --log_every 1 --save_every 2 --compile none --checkpointing true"
+    settings = ("--device cpu --data_root /x --out /y --log_every 1 --save_every 2 --keep_every 3 --compile none "
+                "--checkpointing true")
     assert {name for name in dataclasses.asdict(RunOptions())} == set(re.findall(r"--(\w+)", settings))
     assert one(f"{USER} {settings}").id == one(USER).id
 
@@ -223,7 +228,7 @@ def test_typing_errors_name_the_nearest(capsys, line, expected):
     ("--device gpu", "device gpu: expected one of auto, cpu"), ("--hp.decay high", "hp.decay high: expected a number"),
     ("--labeled 0", "labeled 0: expected 1 to 80"), ("--labeled 81", "labeled 81: expected 1 to 80"),
     ("--labeled 0%", "labeled 0%: expected 1 to 80"), ("--labeled many", "expected a whole number"),
-    ("--labeled x%", "expected a count or a share"), ("--fold 5", "split LA-cv5: fold 5, expected 0 to 4"),
+    ("--labeled x%", "expected a whole number or a share"), ("--fold 5", "split LA-cv5: fold 5, expected 0 to 4"),
     ("--protocol paper --fold 1", "fold 1, expected 0 to 0"), ("--recipe ../x", "expected paper or clean"),
     ("--augmentation [rotflip_or_rotate]", "turns whole slices"),
     ("--fold first", "fold 'first': expected a whole number"), ("--iterations 0", "iterations 0: expected at least 1"),
@@ -238,6 +243,59 @@ def test_impossible_values_are_named(capsys, options, expected):
 def test_where_all_are_labeled_there_is_no_unlabeled_batch(method):
     spec = one(f"--method {method} --labeled 100%")
     assert (spec.labeled, spec.unlabeled_batch) == (80, 0)
+
+
+@pytest.mark.parametrize(("part", "count"), [("8", 8), ("25%", 16), ("50%", 32), ("63", 63), ("0", 0), ("0%", 0)])
+def test_a_part_of_the_unlabeled_cases(part, count):
+    spec, all_of_them = one(f"{USER} --unlabeled {part}"), one(USER)
+    assert (spec.unlabeled, spec.stated["unlabeled"]) == (count, count)
+    assert spec.unlabeled_batch == (2 if count else 0)
+    assert re.fullmatch(rf"LA-paper-16-u{count}-vnet-ua_mt-f0-s0-[0-9a-f]{{8}}", spec.id)
+    assert (spec.hp_hash == all_of_them.hp_hash) == bool(count)  # without unlabeled samples the batch is another
+    assert config.resolve(spec, data_prep.dataset("LA")) == [spec]
+
+
+@pytest.mark.parametrize("line", [f"{USER} --unlabeled all", f"{USER} --unlabeled 64", f"{USER} --unlabeled 100%"])
+def test_all_unlabeled_cases_have_one_spelling(line):
+    assert one(line) == one(USER) and "unlabeled" not in one(line).stated
+
+
+def test_a_part_of_what_nobody_reads_is_the_same_run():
+    assert one("--method supervised --unlabeled 8") == one("--method supervised")
+    assert one("--method ua_mt --labeled 80 --unlabeled 0") == one("--method ua_mt --labeled 80")
+
+
+def test_every_fold_has_its_own_number_of_unlabeled_cases():
+    assert {spec.unlabeled for spec in parse("--method ua_mt --protocol cv5 --fold all --unlabeled 50%")[0]} == {32}
+
+
+@pytest.mark.parametrize(("control", "stated", "name"), [
+    ("noise", "noise", "noise"), ("copies", "copies", "copies"), ("other:Phantom", "other:phantom", "other.phantom"),
+    ("other:mine", "other:mine", "other.mine")])
+def test_a_control_is_named_in_settings_and_id(control, stated, name):
+    spec = one(f"{USER} --control {control}")
+    assert (spec.control, spec.stated["control"], spec.hp_hash) == (stated, stated, one(USER).hp_hash)
+    assert re.fullmatch(rf"LA-paper-16-vnet-ua_mt-{name}-f0-s0-[0-9a-f]{{8}}", spec.id)
+    assert "control" not in one(USER).stated and config.resolve(spec, data_prep.dataset("LA")) == [spec]
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    (f"{USER} --unlabeled 65", "unlabeled 65: expected 0 to 64 of the other training cases, or all"),
+    (f"{USER} --unlabeled -1", "unlabeled -1: expected 0 to 64"), (f"{USER} --unlabeled 101%", "expected 0 to 64"),
+    (f"{USER} --unlabeled some", "unlabeled 'some': expected a whole number or a share"),
+    ("--method ua_mt --dataset ACDC --protocol volumes --labeled 60 --unlabeled 11",
+     "unlabeled 11: expected 0 to 10 of the other training patients"),
+    (f"{USER} --control nois", "control 'nois' is not known: did you mean noise?"),
+    (f"{USER} --control other", "control 'other' is not known: did you mean other:DATASET?"),
+    (f"{USER} --control other:../LA", "control 'other:../LA' is not known"),
+    (f"{USER} --control other:la", "control other:la: the data set of the run itself, expected another one"),
+    ("--method supervised --control noise", "control noise: no unlabeled images to replace (method supervised"),
+    (f"{USER} --unlabeled 0 --control noise", "no unlabeled images to replace"),
+    ("--method ua_mt --labeled 80 --control copies", "no unlabeled images to replace"),
+    (f"{USER} --unlabeled_batch 0 --control copies", "expected unlabeled_batch of at least 1"),
+])
+def test_unlabeled_data_that_cannot_be(capsys, line, expected):
+    assert expected in turned_away(capsys, line)
 
 
 def test_labels_are_counted_in_patients_where_each_has_several_cases(capsys):
