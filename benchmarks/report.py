@@ -1,26 +1,27 @@
-"""Write a Markdown report per data set and protocol from the run records; print the paths."""
+"""Write cross-validation reports from the run records, one HTML page and its Markdown each; print the paths."""
 
 import argparse
 import sys
-from pathlib import Path
-
-from ssl4mis import records, report
 
 
 def main(argv=None) -> int:
     """Exit status: 0 done, 2 a record or an argument is bad."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", default="results", help="folder with records/; reports/ goes there (%(default)s)")
-    options = parser.parse_args(argv)
-    results = Path(options.results)
+    parser.add_argument("--dataset", help="only this data set (all that have records)")
+    parser.add_argument("--protocol", help="only this protocol (all)")
+    parser.add_argument("--labeled", type=int, help="only this number of labeled cases (all)")
+    parser.add_argument("--results", default="results", help="folder with records/, peeks/, runs/ (%(default)s)")
+    parser.add_argument("--data-root", help="folder of the scans, for pictures of the worst cases ($SSL4MIS_DATA)")
+    parser.add_argument("--out", help="folder for the reports (reports/ in the results folder)")
+    options = vars(parser.parse_args(argv))
+    from ssl4mis import report
+
     try:
-        if not results.is_dir():
-            raise ValueError(f"{results}: no such folder, expected a results folder with records/ in it")
-        paths = report.write_reports(records.read_all(results / "records"), results / "reports")
+        paths = report.generate(**options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(map(str, paths)) or f"{results / 'records'}: no records that count yet")
+    print("\n".join(map(str, paths)) or f"{options['results']}/records: no records that count yet")
     return 0
 
 

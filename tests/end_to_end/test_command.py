@@ -103,8 +103,8 @@ def test_leaderboard_and_report(trained):
 
     report = command("benchmarks/report.py", "--results", out)
     assert report.returncode == 0
-    text = (out / "reports" / "phantom-demo.md").read_text()
-    assert str(out / "reports" / "phantom-demo.md") in report.stdout
+    text = (out / "reports" / "phantom-demo-2.md").read_text()
+    assert str(out / "reports" / "phantom-demo-2.md") in report.stdout
     assert "ua_mt" in text and "supervised" in text and "| " in text
 
 
