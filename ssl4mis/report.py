@@ -47,7 +47,8 @@ MEANING = {  # what a column holds, in one sentence
 
 
 class Text(NamedTuple):
-    """A paragraph; `kind` is "plain", "note" for small print, or "flag" for what a reader must not overlook."""
+    """A paragraph; `kind` is "plain", "note" for small print, "aside" for what is of this machine, which the
+    Markdown lacks, or "flag" for what a reader must not overlook."""
 
     text: str
     kind: str = "plain"
@@ -122,8 +123,12 @@ class Field(NamedTuple):
     labeled: int
 
 
-def generate(results, out=None, data_root=None, dataset=None, protocol=None, labeled=None) -> list[Path]:
+def generate(
+    results, out=None, data_root=None, dataset=None, protocol=None, labeled=None, check: bool = False
+) -> list[Path]:
     """Write the reports of a results folder into `out` (reports/ in it); return the paths, HTML before Markdown.
+
+    With `check` nothing is written; returned are the Markdown files there that the records do not give (any more).
 
     Args:
         results: folder with records/ and, where they are, peeks/, reported.csv and runs/ with predictions.
@@ -140,6 +145,9 @@ def generate(results, out=None, data_root=None, dataset=None, protocol=None, lab
         dataset=dataset, protocol=protocol, labeled=labeled,
     )  # fmt: skip
     folder = Path(out) if out else results / "reports"
+    if check:
+        return [path for path in sorted(folder.glob("*.md"))
+                if path.read_bytes() != found.get(path.name, "").encode()]
     return [records.write_text(folder / name, text) for name, text in found.items()]
 
 
@@ -191,6 +199,8 @@ def _markdown_blocks(blocks):
     parts = []
     for block in blocks:
         match block:
+            case Text(_, "aside"):
+                pass  # what scans and predictions are there is no matter of the records
             case Text(text, kind):
                 parts.append(("**Flag.** " if kind == "flag" else "") + _plain(text) + "\n")
             case Bullets(sentences):
@@ -719,10 +729,11 @@ class Page:
     # 7
 
     def worst(self):
-        yield Text(f"The {WORST} lowest Dice of each row, mean over classes and over the runs that tested the case. "
-                   "Pictures: yellow is the truth, blue the prediction of the run with the lowest Dice on the case, of "
+        yield Text(f"The {WORST} lowest Dice of each row, mean over classes and over the runs that tested the case.",
+                   "note")
+        yield Text("Pictures: yellow is the truth, blue the prediction of the run with the lowest Dice on the case, of "
                    "those whose prediction is there; planes through the middle of the truth (of the prediction where "
-                   "the truth is empty), across the third, second and first axis of the stored scan.", "note")
+                   "the truth is empty), across the third, second and first axis of the stored scan.", "aside")
         absent, lines, folds = defaultdict(list), [], []
         for group in self.groups:
             pictures = []
@@ -750,7 +761,7 @@ class Page:
         yield from folds
         for why, which in absent.items():
             told = f"{', '.join(which[:3])} and {len(which) - 3} more" if len(which) > 4 else _and(which)
-            yield Text(f"No picture ({told}): {why}", "note")
+            yield Text(f"No picture ({told}): {why}", "aside")
 
     # 8
 

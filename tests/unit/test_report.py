@@ -653,7 +653,8 @@ def test_pictures_of_the_worst_cases(tmp_path):
     read = Reader(html_text)
     assert read.tags.count("img") == 1
     assert "phantom_032, run R1: Dice 10.00 %" in read.text
-    assert "No picture (phantom_033 of R1):" in text and "/predictions/&lt;case>.nii.gz is not there" in text
+    assert "No picture (phantom_033 of R1):" in read.text and "/predictions/<case>.nii.gz is not there" in read.text
+    assert text == page([run])[1]  # what predictions are there is no matter of the records
 
 
 def test_the_picture_is_of_the_worst_run_that_left_a_prediction(tmp_path):
@@ -678,8 +679,7 @@ def test_what_is_wrong_with_a_picture_is_said(tmp_path, predicted, options, said
     run, folder = phantom(tmp_path, None if isinstance(predicted, str) else predicted, **options)
     if isinstance(predicted, str):
         (folder / "phantom_032.nii.gz").write_text(predicted)
-    _, text = page([run], scans=Scans(tmp_path / "runs"))
-    assert said in text
+    assert said in Reader(page([run], scans=Scans(tmp_path / "runs"))[0]).text
 
 
 def test_scans_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
@@ -688,10 +688,9 @@ def test_scans_that_are_not_there_are_asked_for(tmp_path, monkeypatch):
     folder = tmp_path / run["id"] / "predictions"
     folder.mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), folder / "f0c00.nii.gz")
-    _, text = page([run], scans=Scans(tmp_path))
-    assert "the scans cannot be read: LA: no data folder is given (--data-root DIR or SSL4MIS_DATA=DIR)" in text
-    _, text = page([make_record(cases=1, protocol="strange")], scans=Scans(tmp_path))
-    assert "No picture" in text
+    said = Reader(page([run], scans=Scans(tmp_path))[0]).text
+    assert "the scans cannot be read: LA: no data folder is given (--data-root DIR or SSL4MIS_DATA=DIR)" in said
+    assert "No picture" in Reader(page([make_record(cases=1, protocol="strange")], scans=Scans(tmp_path))[0]).text
 
 
 @pytest.fixture
@@ -726,6 +725,22 @@ def test_command_prints_the_paths(main, tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "absent"):
         assert main(["--results", str(folder)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_check_names_markdown_that_the_records_do_not_give(main, tmp_path, capsys):
+    first, second = make_record(), make_record(seed=1)
+    records.write(first, tmp_path / "records")
+    options = ["--results", str(tmp_path)]
+    assert main(options) == 0 and main([*options, "--check"]) == 0
+    page = tmp_path / "reports" / "LA-lite-16.md"
+    before = page.read_bytes()
+    records.write(second, tmp_path / "records")
+    page.with_name("gone.md").write_text("of records that are gone")
+    capsys.readouterr()
+    assert main([*options, "--check"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" differs")[0] for line in said] == [str(page), str(page.with_name("gone.md"))]
+    assert page.read_bytes() == before
 
 
 def test_nothing_to_report(main, tmp_path, capsys):
