@@ -210,7 +210,8 @@ def _markdown_blocks(blocks):
                 cells = [[_plain(cell) for cell in row] for row in rows]
                 parts.append(markdown_table(map(_plain, header), cells))
             case Fold(summary, inner):
-                parts += [f"### {_plain(summary)}\n", *_markdown_blocks(inner)]
+                told = _markdown_blocks(inner)
+                parts += [f"### {_plain(summary)}\n", *told] if told else []  # pictures alone
     return [part for part in parts if part]
 
 
