@@ -114,7 +114,7 @@ class _ExactBatchNorm:
         axes, shape = (0, *range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         values = ranks.real(wide)
-        count = ranks.total(wide.new_tensor(values.numel() // x.shape[1]))
+        count = ranks.total(wide.new_full((), values.numel() // x.shape[1]))
         mean = ranks.total(values.sum(axes)) / count
         centered = wide - mean.view(shape)
         variance = ranks.total(ranks.real(centered).square().sum(axes)) / count
