@@ -438,7 +438,7 @@ class Page:
         if gains:
             sentences.append(f"With replaced unlabeled images {_and(gains)} still "
                              f"{'gains' if len(gains) == 1 else 'gain'} over supervised training: see the flag below.")
-        yield Text(" ".join(sentences))
+        yield Bullets(sentences)
         yield Text("p-values and intervals over cases speak of these trained networks on other patients; how much "
                    "another seed or fold would change is in the columns over seeds and folds.", "note")
         yield Table("Protocol", ["what", "value"], self._facts())

@@ -296,7 +296,7 @@ def test_the_label_efficiency_of_the_real_runs(la, named):
 
 
 def test_the_summary_of_the_real_runs_says_what_the_tables_say(la):
-    text = la[2].split("## Summary\n\n")[1].split("\n")[0]
+    text = la[2].split("## Summary\n\n")[1].split("\n\n")[0].replace("\n- ", " ")
     rows = table(la[2], "Paired comparisons", "Dice against supervised")
     for row in rows:
         significant = plain(row["p (Holm)"]).startswith("<") or float(row["p (Holm)"]) < 0.05
