@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 DEMO := results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint leaderboard speed clean
+.PHONY: help demo test test-long lint leaderboard speed clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train two methods on synthetic scans, print the leaderboard, write the report
 	$(PY) benchmarks/run.py --method supervised --dataset phantom --labeled 2 --out $(DEMO)
@@ -19,6 +19,9 @@ demo: $(STAMP) ## train two methods on synthetic scans, print the leaderboard, w
 
 test: $(STAMP) ## run the tests, a worker per core (PYTEST_ARGS are passed on)
 	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+
+test-long: $(STAMP) ## run the tests that take minutes: crashes at many moments, long runs, Ray (pip install -e '.[sweep]')
+	$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check .

@@ -3,11 +3,14 @@
 import argparse
 import sys
 
-from ssl4mis import leaderboard
+from ssl4mis import leaderboard, records
 
 
 def main(argv=None) -> int:
-    """Exit status: 0 done or up to date, 1 a file would change (--check), 2 a record or an argument is bad."""
+    """Exit status: 0 done or up to date, 1 a file would change (--check), 2 a record or an argument is bad.
+
+    A broken record is named, and the others make the table; with --check nothing else is looked at.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--results", default="results", help="folder with records/ and reported.csv (%(default)s)")
@@ -22,11 +25,14 @@ def main(argv=None) -> int:
     part = bool(wanted or options.format or options.out)
     if part and (options.check or options.readme):
         parser.error("--check and --readme are about all rows: expected no filter, --format or --out beside them")
+    broken = records.Broken()
     try:
         if part:
-            leaderboard.show(options.results, wanted, options.format, options.out)
-            return 0
-        return leaderboard.regenerate(options.results, options.readme, options.check)
+            leaderboard.show(options.results, wanted, options.format, options.out, broken)
+            return 2 * bool(broken)
+        status = leaderboard.regenerate(
+            options.results, options.readme, options.check, None if options.check else broken)
+        return 2 if broken else status
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

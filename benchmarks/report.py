@@ -5,7 +5,10 @@ import sys
 
 
 def main(argv=None) -> int:
-    """Exit status: 0 done, 1 a committed report is out of date (--check), 2 a record or an argument is bad."""
+    """Exit status: 0 done, 1 a committed report is out of date (--check), 2 a record or an argument is bad.
+
+    A broken record is named, and the others are used; with --check nothing else is looked at.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", help="only this data set (all that have records)")
     parser.add_argument("--protocol", help="only this protocol (all)")
@@ -15,10 +18,11 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="folder for the reports (reports/ in the results folder)")
     parser.add_argument("--check", action="store_true", help="write nothing; name stale Markdown in reports/")
     options = vars(parser.parse_args(argv))
-    from ssl4mis import report
+    from ssl4mis import records, report
 
+    broken = records.Broken()
     try:
-        paths = report.generate(**options)
+        paths = report.generate(**options, broken=None if options["check"] else broken)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -27,7 +31,7 @@ def main(argv=None) -> int:
               file=sys.stderr)
         return 1 if paths else 0
     print("\n".join(map(str, paths)) or f"{options['results']}/records: no records that count yet")
-    return 0
+    return 2 * bool(broken)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,13 @@ def locate(text: str, root: Path | str | None = None) -> tuple[DatasetSpec, Path
     """
     if text.lower() in _LOWER:
         return dataset(text), Path(root) if root else None
+    try:
+        return _locate_own(text, root)
+    except OSError as error:  # a name that is too long for any file
+        raise DataError(f"data set {text:.40}: {error.strerror}, expected a name or a folder") from None
+
+
+def _locate_own(text: str, root: Path | str | None) -> tuple[DatasetSpec, Path | None]:
     from data_prep import store
 
     place = Path(text).expanduser()

@@ -17,7 +17,7 @@ from data_prep.parallel import hushed
 from data_prep.raw import Archive, RawCase, wrong_folder
 from data_prep.recipes import Crop, Recipe, Step
 from data_prep.scans import ITK, LPS, MM, NIFTI, read_scan, spacing_of
-from data_prep.spec import DataError, Protocol, ids_sha256
+from data_prep.spec import DataError, Protocol, ids_sha256, names_a_file
 
 ENDINGS = (*NIFTI, *ITK)
 JSON, SPLITS = "dataset.json", "splits_final.json"
@@ -391,7 +391,7 @@ def _checked(path: Path, cases: Sequence[RawCase]) -> list[RawCase]:
         problem = case.problem
         if counts[case.id] > 1:
             problem = f"{path}: case {case.id} is listed {counts[case.id]} times, expected every id once"
-        elif not re.fullmatch(r"[^/\\.][^/\\]*", case.id) or not case.id.isprintable():
+        elif not names_a_file(case.id):
             problem = f"{path}: case {case.id!r} cannot name a file, expected an id in UTF-8 without slashes"
         kept.setdefault(case.id, replace(case, problem=problem))
     return list(kept.values())

@@ -28,6 +28,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of meter and micrometer; 2 is mm, and unknown ones are taken for mm
 NIFTI_SPACE = ("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
                "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+LONGEST = 800  # characters of a line in the header of a NRRD file
 DICOM_TAGS = {"position": "0020|0032", "orientation": "0020|0037", "pixel spacing": "0028|0030"}
 
 
@@ -241,9 +242,19 @@ def _read_nifti(path: Path) -> Scan:
     return Scan(scan.voxels.astype(native, copy=False), scan.affine, path, scan.header)
 
 
+def _check_nrrd(path: Path) -> None:
+    """Raises DataError for a line of the header, no free text, that is too long for ITK: it ends the process."""
+    with path.open("rb") as file:
+        while line := file.readline(2**20).rstrip(b"\r\n"):
+            if len(line) > LONGEST and b":=" not in line and not line.startswith(b"#"):
+                raise DataError(f"{path}: a line of the header has {len(line)} characters, expected at most {LONGEST}")
+
+
 def _read_itk(path: Path, io: str) -> Scan:
     import SimpleITK as sitk
 
+    if io.startswith("Nrrd"):
+        _read(path, "NRRD", lambda: _check_nrrd(path))
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(io)  # by name: a picture that was renamed to .nrrd is not taken for a scan

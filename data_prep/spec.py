@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,12 @@ SPLITS = Path(__file__).parent / "splits"
 
 class DataError(Exception):
     """Data that cannot be used; the message is one line for the user."""
+
+
+def names_a_file(text) -> bool:
+    """Whether this is a name for a file in any folder, and not a way out of it; ids of cases are."""
+    return isinstance(text, str) and text.isprintable() and len(text.encode()) <= 200 \
+        and re.fullmatch(r"[^/\\.][^/\\]*", text) is not None
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def ids_sha256(ids: Sequence[str]) -> str:
 def load_split(name: str, fold: int, folder: Path | None = None) -> Split:
     """One fold of <folder>/<name>.json (default: splits/ of this package); its hash covers those of its lists.
 
-    Raises DataError for an unknown name, a wrong fold number, a checksum that does not fit or a case listed twice.
+    Raises DataError for an unknown name, a wrong fold number, a checksum that does not fit, a case listed twice and an
+    id that is no file name.
     """
     folder = folder or SPLITS
     path = folder / f"{name}.json"
@@ -186,18 +194,24 @@ def load_split(name: str, fold: int, folder: Path | None = None) -> Split:
         raise DataError(f"split {name!r} is unknown, expected one of {', '.join(known)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        folds, per_patient = content["folds"], int(content.get("per_patient", 1))
+        folds, per_patient = content["folds"], content.get("per_patient", 1)
+        if not (isinstance(folds, list) and type(per_patient) is int and per_patient >= 1):
+            raise TypeError("folds is no list or per_patient no number of at least 1")
         count = len(folds)
         if not (isinstance(fold, int) and 0 <= fold < count):
             raise DataError(f"split {name}: fold {fold!r}, expected 0 to {count - 1}")
         entry = folds[fold]
         parts = [part for part in ("train", "test", "extra") if part in entry or part != "extra"]
         for part in parts:
+            wrong = [case for case in entry[part] if not names_a_file(case)]
+            if wrong or not isinstance(entry[part], list):
+                raise DataError(f"{path}: {part} list of fold {fold} has the case {(wrong or [entry[part]])[0]!r:.80}, "
+                                "expected ids that can name a file")
             found, stated = ids_sha256(entry[part]), entry[f"sha256_{part}"]
             if found != stated:
                 raise DataError(f"{path}: {part} list of fold {fold} has sha256 {found}, expected {stated}")
         train, test, extra = (tuple(entry.get(part, ())) for part in ("train", "test", "extra"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a split file ({type(error).__name__}: {error}), expected folds") from None
     if len({*train, *test, *extra}) != len(train) + len(test) + len(extra):
         raise DataError(f"{path}: fold {fold} lists a case twice, expected every case once in train or test")

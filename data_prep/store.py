@@ -425,7 +425,7 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, expected {expected} (python -m data_prep.prepare)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: damaged or unreadable ({reason}), expected {expected}") from None
     if not isinstance(content, dict):

@@ -11,6 +11,8 @@ import numpy as np
 
 from data_prep.spec import DataError
 
+DENSEST = 1100  # bytes of an array in one of a file: gzip packs no more than 1032 into one
+SMALL = 2**28  # bytes of an array that is read whatever the file holds of it
 CACHE_VERSION = 1  # raise it when the downsampling changes: older cache files are then redone
 
 
@@ -187,7 +189,10 @@ def open_h5(path: Path | str) -> Iterator:
 
 
 def find_array(file, path: Path | str, name: str, axes: Sequence[int]):
-    """The h5py.Dataset of that name, unread. Raises DataError for none, no numbers, or a number of axes not listed."""
+    """The h5py.Dataset of that name, unread.
+
+    Raises DataError for none, no numbers, a number of axes not listed, or far more values than the file holds.
+    """
     import h5py
 
     data = file.get(name)
@@ -199,6 +204,9 @@ def find_array(file, path: Path | str, name: str, axes: Sequence[int]):
     if len(data.shape) not in axes or 0 in data.shape:
         allowed = " or ".join(map(str, axes))
         raise DataError(f"{path}: '{name}' has shape {data.shape}, expected {allowed} axes, none of them empty")
+    stored = data.id.get_storage_size()
+    if data.nbytes > max(SMALL, DENSEST * stored):  # damaged: reading it would take the memory of the machine
+        raise DataError(f"{path}: '{name}' has shape {data.shape} and {stored} bytes in the file, expected all values")
     return data
 
 
@@ -207,7 +215,7 @@ def read_array(file, path: Path | str, name: str, axes: Sequence[int]) -> np.nda
     data = find_array(file, path, name, axes)
     try:
         return data[()]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         raise DataError(f"{path}: '{name}' is damaged ({_reason(error)}), expected a readable array") from None
 
 

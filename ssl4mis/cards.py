@@ -134,12 +134,15 @@ def measure(cls: type) -> tuple[dict[str, Counter], list[str]]:
     return found, sorted({name for name, _, _ in counts})
 
 
-def numbers(results: Path) -> list[dict[str, str]]:
-    """Leaderboard rows, measured and published, of a results folder; none where there is no such folder. UserError."""
+def numbers(results: Path, broken=None) -> list[dict[str, str]]:
+    """Leaderboard rows, measured and published, of a results folder; none where there is no such folder.
+
+    UserError; for a broken record only where `broken` is not given, as of `records.read_all`.
+    """
     if not results.is_dir():
         return []
     try:
-        return leaderboard.read_table(results)
+        return leaderboard.read_table(results, broken)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -284,7 +287,8 @@ def show(argv: list[str]) -> int:
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--describe", nargs="?", const="")
     try:
-        print(card(scan.parse_known_args(argv)[0].describe, numbers(Path("results"))), end="")
+        table = numbers(Path("results"), lambda error: print(error, file=sys.stderr))
+        print(card(scan.parse_known_args(argv)[0].describe, table), end="")
     except UserError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,8 @@ from ssl4mis.records import digest
 # what a group of comparable runs may differ in
 NOT_HYPER = ("dataset", "protocol", "recipe", "labeled", "unlabeled", "control", "fold", "seed")
 
+LONGEST = 2**14  # characters of a config file; the parser takes minutes for some that are longer
+
 # settings that the first records do not have, and what they were there
 YOUNGER = {"recipe": "", "evaluation_precision": "32-true", "unlabeled": "all", "control": ""}
 
@@ -193,8 +195,11 @@ def peek(argv: list[str]) -> dict[str, str]:
     found = {}
     for file in named.pop("config"):
         try:
-            settings = yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = file.read_text(encoding="utf-8")
+            if len(text) > LONGEST:
+                raise ValueError(f"{len(text)} characters, at most {LONGEST} are read")
+            settings = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"config {file}: expected a YAML file ({error})") from None
         if not isinstance(settings, dict):
             raise UserError(f"config {file}: expected a YAML mapping of options, found {type(settings).__name__}")
@@ -279,7 +284,15 @@ def parse(argv: list[str], prog: str = "run.py") -> tuple[list[RunSpec], RunOpti
     """A command line to resolved runs (several for `--fold all`); exits with status 2 and one line on bad input."""
     argv = in_order(argv)
     parser = make_parser(argv, prog)
-    settings = parser.parse_args(argv).as_dict()
+    try:
+        settings = parser.parse_args(argv).as_dict()
+    except (OverflowError, RecursionError) as error:
+        parser.error(UserError(f"a value that no setting can have ({error})"))
+    hp = settings.get("hp")
+    nested = {f"hp.{name}": value for name, value in hp.items()} if isinstance(hp, dict) else {}
+    for name, value in (settings | nested).items():
+        if value is None and parser.get_defaults().get(name) is not None:  # `seed:` in YAML
+            parser.error(UserError(f"{name}: no value, expected one"))
     options = RunOptions(**{f.name: settings[f.name] for f in dataclasses.fields(RunOptions)})
     spec = RunSpec(**{f.name: settings[f.name] for f in dataclasses.fields(RunSpec) if f.name in settings})
     try:

@@ -8,7 +8,6 @@ import inspect
 import json
 from difflib import get_close_matches
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -78,11 +77,7 @@ def find(name: str, results: Path) -> Path:
 def read_run(folder: Path, say=print) -> tuple[dict, dict[str, Tensor]]:
     """Card and tensors of a run's last checkpoint; says where it is unfinished. UserError naming what is missing."""
     spec = _spec(records.read_json(folder / "config.json"), folder / "config.json")
-    try:
-        state = checkpoint.load(folder, say)
-    except UnpicklingError:
-        raise UserError(f"{folder}: the checkpoint holds more than tensors and plain values, expected one of this "
-                        "suite") from None
+    state = checkpoint.load(folder, say, spec.id)
     if state is None:
         raise UserError(f"{folder}: no checkpoint, expected {checkpoint.LATEST}; train the run (benchmarks/run.py), or "
                         "copy the file from where it was trained")
@@ -97,10 +92,13 @@ def read_run(folder: Path, say=print) -> tuple[dict, dict[str, Tensor]]:
 
 def read_exported(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Card and tensors of an exported model; UserError where a file is missing, damaged or of another export."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     card = records.read_json(folder / CARD)
-    if card.get("schema") != SCHEMA or not {"id", "spec", "task", "input", "weights"} <= card.keys():
+    weights = card.get("weights")
+    if (card.get("schema") != SCHEMA or not {"id", "spec", "task", "input"} <= card.keys()
+            or not isinstance(weights, dict) or not isinstance(weights.get("sha256"), str)):
         raise UserError(f"{folder / CARD}: schema {card.get('schema')!r}, expected the card of an export, {SCHEMA}")
     path = folder / WEIGHTS
     try:
@@ -108,9 +106,13 @@ def read_exported(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected the tensors of {CARD}") from None
     found = hashlib.sha256(data).hexdigest()
-    if found != card["weights"]["sha256"]:
-        raise UserError(f"{path}: damaged or of another export, sha256 {found}, expected {card['weights']['sha256']}")
-    return card, load(data)
+    if found != weights["sha256"]:
+        raise UserError(f"{path}: damaged or of another export, sha256 {found}, expected {weights['sha256']!r:.80}")
+    try:
+        return card, load(data)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: no file of safetensors ({reason}), expected an export") from None
 
 
 def run_spec(card: dict) -> RunSpec:

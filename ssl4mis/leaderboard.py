@@ -174,22 +174,25 @@ def read_reported(path) -> list[dict[str, str]]:
     return found
 
 
-def read_table(results) -> list[dict[str, str]]:
-    """The rows of a results folder; one without reported.csv has measured rows only. Raises ValueError."""
+def read_table(results, broken=None) -> list[dict[str, str]]:
+    """The rows of a results folder; one without reported.csv has measured rows only.
+
+    Raises ValueError; for a broken record only where `broken` is not given, as of `records.read_all`.
+    """
     results = Path(results)
     if not results.is_dir():
         raise ValueError(f"{results}: no such folder, expected a results folder with records/ in it")
     published = results / "reported.csv"
-    return rows(store.read_all(results / "records"), read_reported(published) if published.exists() else ())
+    return rows(store.read_all(results / "records", broken), read_reported(published) if published.exists() else ())
 
 
-def outputs(results, readme=None) -> tuple[list[dict[str, str]], dict[Path, str]]:
+def outputs(results, readme=None, broken=None) -> tuple[list[dict[str, str]], dict[Path, str]]:
     """The rows of a results folder, and the text that each generated file should hold.
 
     The README is by default the one beside the folder, so that a demo's results never reach it; an absent
-    one is left out. Raises ValueError.
+    one is left out. Raises ValueError like `read_table`.
     """
-    table, path = read_table(results), Path(results) / "leaderboard.csv"
+    table, path = read_table(results, broken), Path(results) / "leaderboard.csv"
     texts = {path: to_csv(table)}
     if readme is not None and not Path(readme).is_file():
         raise ValueError(f"{readme}: no such file, expected a text file with the leaderboard markers")
@@ -221,13 +224,14 @@ def choose(table, wanted: dict[str, list[str]]) -> list[dict[str, str]]:
     return chosen
 
 
-def show(results, wanted, form: str | None = None, out=None) -> None:
+def show(results, wanted, form: str | None = None, out=None, broken=None) -> None:
     """Print the chosen rows of a results folder, or write them to a file, in one of FORMATS; the table by default.
 
     The table and md show measured rows in short, csv and html all columns of all rows. Raises ValueError like `choose`,
     and where the file is a folder or one that stands for all rows.
     """
-    table = choose(read_table(results), wanted) if wanted else read_table(results)
+    table = read_table(results, broken)
+    table = choose(table, wanted) if wanted else table
     if out is None and form in (None, "table"):
         return print_table(table)
     text = {"csv": to_csv, "md": markdown, "html": html, "table": _printed}[form or "table"](table)
@@ -246,12 +250,12 @@ def stale(texts) -> list[Path]:
     return [path for path, text in texts.items() if not path.is_file() or path.read_bytes() != text.encode()]
 
 
-def regenerate(results, readme=None, check: bool = False) -> int:
+def regenerate(results, readme=None, check: bool = False, broken=None) -> int:
     """Write the generated files that changed and print the table; with `check` only name those files on stderr.
 
     Returns the exit status, 1 where `check` found one. Raises ValueError like `outputs`.
     """
-    table, texts = outputs(results, readme)
+    table, texts = outputs(results, readme, broken)
     changed = stale(texts)
     if check:
         for path in changed:

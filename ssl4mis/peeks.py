@@ -18,13 +18,13 @@ def write(folder, record_id: str, checkpoints) -> Path:
 
 
 def read(path) -> dict:
-    """The validated peeks in `path`; ValueError of one line naming the file where it is broken."""
+    """The validated peeks in `path`; UserError of one line naming the file where it is broken."""
     return records.read(path, validate)
 
 
-def read_all(folder) -> list[dict]:
-    """All peeks of a folder, sorted by id; an absent folder holds none. Raises ValueError like `read`."""
-    return sorted(map(read, Path(folder).glob("*.json")), key=lambda found: found["id"])
+def read_all(folder, broken=None) -> list[dict]:
+    """All peeks of a folder, sorted by id; an absent folder holds none. Broken files as of `records.read_all`."""
+    return records.read_all(folder, broken, validate)
 
 
 def validate(found, name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ssl4mis.errors import not_written
 from ssl4mis.records import write_text
 
 LINE_EVERY = 30.0  # seconds between lines where there is no terminal
@@ -48,13 +49,13 @@ class Reporter:
         if not self.events:
             return kept
         if self.events.exists():
-            for line in self.events.read_text().splitlines():
+            for line in self.events.read_bytes().splitlines():
                 try:
                     event = json.loads(line)
-                except ValueError:  # a line cut by a crash
+                    if event["done"] <= done:
+                        kept.append(event)
+                except (ValueError, KeyError, TypeError, RecursionError):  # a line cut by a crash
                     continue
-                if event["done"] <= done:
-                    kept.append(event)
         write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
         return kept
 
@@ -62,8 +63,11 @@ class Reporter:
         """Log a training event: {"done": steps finished, "rate": iterations/s, loss terms ...}."""
         if not self.events:
             return
-        with open(self.events, "a") as file:
-            file.write(json.dumps(event) + "\n")
+        try:
+            with open(self.events, "a") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise not_written(self.events, error, "; the same command goes on from the last checkpoint") from None
         terms = "  ".join(f"{name} {value:.4f}" for name, value in event["terms"].items())
         text = f"{event['rate']:.2f} it/s  {terms}"
         if self.bar:

@@ -5,6 +5,7 @@ Wheels of third parties add names through the entry-point group `ssl4mis.methods
 import ast
 import pkgutil
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,10 +16,15 @@ ALIASES = {"mt": "mean_teacher"}
 FOLDER = Path(__file__).parent / "methods"
 
 
+@cache
+def plugins() -> dict:
+    """Entry points of third parties by the names that they add; read once, for they are in files of every package."""
+    return {point.name: point for point in entry_points(group="ssl4mis.methods")}
+
+
 def names() -> list[str]:
     """All known method names, sorted, without importing any of them."""
-    own = [module.name for module in pkgutil.iter_modules([str(FOLDER)])]
-    return sorted(own + [point.name for point in entry_points(group="ssl4mis.methods")])
+    return sorted([*(module.name for module in pkgutil.iter_modules([str(FOLDER)])), *plugins()])
 
 
 def nearest(kind: str, value: str, known) -> str:
@@ -47,9 +53,8 @@ def method_class(name: str) -> type:
     name = canonical(name)
     module, _, wanted = name.partition(":")
     if not wanted:
-        points = {point.name: point for point in entry_points(group="ssl4mis.methods")}
-        if name in points:
-            return points[name].load()
+        if name in plugins():
+            return plugins()[name].load()
         module = f"ssl4mis.methods.{name}"
     try:
         found = import_module(module)

@@ -124,7 +124,7 @@ class Field(NamedTuple):
 
 
 def generate(
-    results, out=None, data_root=None, dataset=None, protocol=None, labeled=None, check: bool = False
+    results, out=None, data_root=None, dataset=None, protocol=None, labeled=None, check: bool = False, broken=None
 ) -> list[Path]:
     """Write the reports of a results folder into `out` (reports/ in it); return the paths, HTML before Markdown.
 
@@ -134,13 +134,14 @@ def generate(
         results: folder with records/ and, where they are, peeks/, reported.csv and runs/ with predictions.
         data_root: folder of the scans, for the pictures of the worst cases.
         dataset, protocol, labeled: only these; ValueError of one line that names what there is.
+        broken: called with the error of a broken file, as of `records.read_all`; without it the error is raised.
     """
     results = Path(results)
     if not results.is_dir():
         raise ValueError(f"{results}: no such folder, expected a results folder with records/ in it")
     published = results / "reported.csv"
     found = render(
-        records.read_all(results / "records"), peeks.read_all(results / "peeks"),
+        records.read_all(results / "records", broken), peeks.read_all(results / "peeks", broken),
         leaderboard.read_reported(published) if published.exists() else (), Scans(results / "runs", data_root),
         dataset=dataset, protocol=protocol, labeled=labeled,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def reproduce(name: str, options: RunOptions, say=print) -> bool:
     folder = options.out / "records"
     try:
         record = records.read(find(name, folder))
-        group = row_of(record, records.read_all(folder))
+        group = row_of(record, records.read_all(folder, say))
     except ValueError as error:
         raise UserError(str(error)) from None
     spec, before = spec_of(record), record["environment"]

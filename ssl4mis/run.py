@@ -1,12 +1,17 @@
 """RunSpec -> record: the only file that knows all parts."""
 import dataclasses
+import gzip
 import importlib.metadata
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +20,11 @@ import torch
 
 import data_prep
 import networks
+from data_prep.volumes import whole_file
 from networks import ranks
 from networks.base import NetSpec, PatchError, parameter_count
 from networks.checkpointing import recompute_stages
-from ssl4mis import __version__, checkpoint, controls, memory, memory_plan, passes, peeks, records, registry
+from ssl4mis import __version__, checkpoint, controls, lock, memory, memory_plan, passes, peeks, records, registry
 from ssl4mis.config import RunOptions, RunSpec, find_protocol
 from ssl4mis.errors import UserError
 from ssl4mis.evaluator import Evaluation, evaluate
@@ -62,7 +68,8 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     """Train, evaluate, write the record; returns its path.
 
     A finished run is left alone, an unfinished one goes on. DataError or UserError, one line, before any training if
-    the data or the settings cannot work; TrainingStopped if training ended early.
+    the data, the settings or the folder for results cannot work, or another process is at the run; TrainingStopped if
+    training ended early.
     """
     memory.keep_pages()
     ranks.join(pick_device(options.device).type)
@@ -73,10 +80,8 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
     parts = parts_of(spec, options)
     spec, device, dataset, root, protocol, split = parts
     record_path = options.out / "records" / f"{spec.id}.json"
-    if record_path.exists():
-        with suppress(data_prep.DataError):  # without the data a record is as good
-            same_data(record_path, records.read_json(record_path), dataset.open(root, protocol).provenance(parts.cases))
-        say(f"{spec.id} is finished: {record_path}")
+    folder = options.out / "runs" / spec.id
+    if is_done(parts, record_path, folder, say):
         return record_path
     store = dataset.open(root, protocol)
     store.check(parts.cases)
@@ -84,59 +89,114 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
 
     code = code_version()
     method = new_method(spec, options, dataset, protocol)
-    folder = options.out / "runs" / spec.id
     data = store.provenance(parts.cases) | describe_data(dataset, protocol, store)
-    if not ranks.rank():
-        keep_description(folder, spec, data)
-    counts = [len(part) for part in (split.labeled(spec.labeled), unlabeled, split.test)]
-    patients = f" ({spec.labeled} labeled patients)" if split.per_patient > 1 else ""
-    say(f"{spec.id}\nreading {spec.dataset}: {counts[0]} labeled and {counts[1]} unlabeled training cases, "
-        f"{counts[2]} test cases{patients}")
-    for remark in method.remarks():
-        say(remark)
-    if spec.control:
-        say(controls.describe(spec.control))
-    if method.needs.unlabeled and not spec.unlabeled_batch:
-        say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
-    loader = Loader(scans, split.labeled(spec.labeled), unlabeled, spec.patch,
-                    (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
-                    getattr(torch, spec.storage), method.needs, protocol.slices)
-    trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every,
-                      options.compile, options.keep_every)
-    trained = trainer.fit()
+    with alone(folder, spec.id, say):
+        if is_done(parts, record_path, folder, say):  # by a process that had the lock until now
+            return record_path
+        if not ranks.rank():
+            records.check_folder(record_path)
+            drop_remains(folder.rglob(".*.tmp"), record_path)
+            keep_description(folder, spec, data)
+        counts = [len(part) for part in (split.labeled(spec.labeled), unlabeled, split.test)]
+        patients = f" ({spec.labeled} labeled patients)" if split.per_patient > 1 else ""
+        say(f"{spec.id}\nreading {spec.dataset}: {counts[0]} labeled and {counts[1]} unlabeled training cases, "
+            f"{counts[2]} test cases{patients}")
+        for remark in method.remarks():
+            say(remark)
+        if spec.control:
+            say(controls.describe(spec.control))
+        if method.needs.unlabeled and not spec.unlabeled_batch:
+            say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
+        loader = Loader(scans, split.labeled(spec.labeled), unlabeled, spec.patch,
+                        (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
+                        getattr(torch, spec.storage), method.needs, protocol.slices)
+        trainer = Trainer(method, loader, spec, folder, cheaper(dataset, spec), options.log_every, options.save_every,
+                          options.compile, options.keep_every)
+        trained = trainer.fit()
 
-    say(f"evaluating {len(split.test)} test cases with the last weights")
-    started = time.monotonic()
-    found = evaluate_together(
-        method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
-        paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision,
-        keep=lambda case, predicted: write_prediction(folder, case, predicted, store.spacing(case)))
-    timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
-              "iterations_per_second": spec.iterations / trained["seconds"]}
-    record = describe(spec, data, split, unlabeled, device) | {
-        "cases": found.cases, "calibration": found.calibration, "timing": timing,
-        "memory": {"peak_mib": peak_mib(device)}, "code": code, "curve": trained["curve"],
-        "weights_sha256": checkpoint.fingerprint(method.state_dict()),
-        "costs": costs(method, spec, options, dataset, protocol),
-    }
-    record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing,
-                              "processes": ranks.count()}
-    if ranks.rank():
-        return record_path
-    path = records.write(record, options.out / "records")
-    checkpoint.drop_previous(folder)
+        say(f"evaluating {len(split.test)} test cases with the last weights")
+        started = time.monotonic()
+        found = evaluate_together(
+            method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+            paced(say, "evaluated", len(split.test)), protocol.slices, spec.evaluation_precision,
+            keep=lambda case, predicted: write_prediction(folder, case, predicted, store.spacing(case)))
+        timing = {"train_seconds": trained["seconds"], "evaluate_seconds": time.monotonic() - started,
+                  "iterations_per_second": spec.iterations / max(trained["seconds"], 1e-9)}
+        record = describe(spec, data, split, unlabeled, device) | {
+            "cases": found.cases, "calibration": found.calibration, "timing": timing,
+            "memory": {"peak_mib": peak_mib(device)}, "code": code, "curve": trained["curve"],
+            "weights_sha256": checkpoint.fingerprint(method.state_dict()),
+            "costs": costs(method, spec, options, dataset, protocol),
+        }
+        record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing,
+                                  "processes": ranks.count()}
+        if ranks.rank():
+            return record_path
+        path = records.write(record, record_path.parent)
+        checkpoint.drop_previous(folder)
     scores = run_scores(records.read(path))
     say(f"Dice {100 * scores['dice']:.2f} %, 95HD {scores['hd95_voxel']:.2f} voxels, {scores['missed']} missed, "
         f"{duration(timing['train_seconds'])} of training: {path}")
     return path
 
 
+def is_done(parts: Parts, record: Path, folder: Path, say) -> bool:
+    """Whether the record is there, which is said; UserError where it is broken or of other data.
+
+    Finishes what is left to do in the folder of the run where a process was killed right after it wrote the record.
+    """
+    if not record.exists():
+        return False
+    try:
+        found = records.read(record)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and the same command writes it again from the last checkpoint") from None
+    with suppress(data_prep.DataError):  # without the data a record is as good
+        same_data(record, found, parts.dataset.open(parts.root, parts.protocol).provenance(parts.cases))
+    with suppress(OSError):  # it may not be ours to write to
+        checkpoint.drop_previous(folder)
+        drop_remains((), record)
+    say(f"{parts.spec.id} is finished: {record}")
+    return True
+
+
+@contextmanager
+def alone(folder: Path, run: str, say=print) -> Iterator[None]:
+    """Be the only one at a run, or the processes that torchrun started for it; UserError where another one is.
+
+    The first of these processes holds the lock, and the others hear of it.
+    """
+    with ExitStack() as held:
+        refused = ""
+        if not ranks.rank():
+            try:
+                held.enter_context(lock.alone(folder, run, say))
+            except UserError as error:
+                refused = str(error)
+        refused = "".join(ranks.collect([refused]))
+        if refused:
+            raise UserError(refused)
+        yield
+
+
 def exit_status(job) -> int:
     """Do a job of `run.py`: 0 done, 1 the loss was not finite, 2 bad input, 130 stopped and resumable; says why."""
+    try:
+        with stopped_by_sigterm():
+            return _status(job)
+    except KeyboardInterrupt:  # another one, while the first was spoken of
+        return 130
+
+
+def _status(job) -> int:
     try:
         job()
     except (UserError, data_prep.DataError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # what no other line says better: a full disk under the log, a file that vanished
+        print(f"run.py: error: {' '.join(str(error).split())}; what is saved stays, and the same command goes on",
+              file=sys.stderr)
         return 2
     except TrainingStopped as stop:
         print(stop, file=sys.stderr)
@@ -147,14 +207,32 @@ def exit_status(job) -> int:
     return 0
 
 
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, in training (see `Trainer`) and around it; not where torchrun would wait for it."""
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if together or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 def peek_test(spec: RunSpec, options: RunOptions, say=print) -> Path:
     """Score the kept weights of a finished run on the test list, which no ranking reads; returns the path of the peeks.
 
-    What was scored before stays. UserError where no weights were kept.
+    What was scored before stays. UserError where no weights were kept, or a file of them is damaged.
     """
     spec, device, dataset, root, protocol, split = parts_of(spec, options)
     path, folder = options.out / "peeks" / f"{spec.id}.json", options.out / "runs" / spec.id
     if path.exists():
+        try:
+            peeks.read(path)
+        except UserError as error:
+            raise UserError(f"{error}; remove it, and the same command writes it again") from None
         say(f"{spec.id} has peeks: {path}")
         return path
     record = records.read(options.out / "records" / f"{spec.id}.json")
@@ -162,20 +240,42 @@ def peek_test(spec: RunSpec, options: RunOptions, say=print) -> Path:
     if not kept:
         raise UserError(f"{folder / checkpoint.KEPT}: no weights, expected those that a run with "
                         "--peek_test or --keep_every keeps; train again with another --out")
-    store, method = dataset.open(root, protocol), new_method(spec, options, dataset, protocol)
-    found = {spec.iterations: record["cases"]}
-    for done, file in kept.items():
-        scored = file.with_suffix(".json")
-        if not scored.exists():
-            say(f"scoring the weights of iteration {done} on {len(split.test)} test cases")
-            method.load_state_dict(checkpoint.read(file))
-            rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
-                            paced(say, "scored", len(split.test)), protocol.slices, spec.evaluation_precision).cases
-            records.write_text(scored, json.dumps({"cases": records.plain(rows)}))
-        found[done] = records.read_json(scored)["cases"]
-    peeks.write(options.out / "peeks", spec.id, found)
+    with alone(folder, spec.id, say):
+        store, method = dataset.open(root, protocol), new_method(spec, options, dataset, protocol)
+        found = {spec.iterations: record["cases"]}
+        for done, file in kept.items():
+            scored = file.with_suffix(".json")
+            rows = read_scored(scored)
+            if rows is None:
+                say(f"scoring the weights of iteration {done} on {len(split.test)} test cases")
+                load_kept(method, file)
+                rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
+                                paced(say, "scored", len(split.test)), protocol.slices, spec.evaluation_precision).cases
+                records.write_text(scored, json.dumps({"cases": records.plain(rows)}))
+            found[done] = rows
+        peeks.write(options.out / "peeks", spec.id, found)
     say(f"peeks of {len(found)} checkpoints, for the report's selection gap: {path}")
     return path
+
+
+def read_scored(path: Path) -> list[dict] | None:
+    """The rows of kept weights that were scored before; None where there are none or the file is damaged."""
+    try:
+        rows = records.read_json(path)["cases"]
+        for number, row in enumerate(rows):
+            records.check_case(row, str(path), f"cases[{number}]")
+    except (ValueError, KeyError, TypeError):
+        return None
+    return rows
+
+
+def load_kept(method: Method, path: Path) -> None:
+    """Give a method the weights of a file; UserError saying what to do where they are damaged or of another network."""
+    try:
+        method.load_state_dict(checkpoint.read(path))
+    except (UserError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] if isinstance(error, UserError) else f"{path}: of another network"
+        raise UserError(f"{reason}; remove it, and the same command scores the others") from None
 
 
 def show_plan(spec: RunSpec, options: RunOptions, say=print) -> None:
@@ -209,12 +309,16 @@ def evaluate_together(method: Method, store, cases, targets, *settings, **option
 
 
 def write_prediction(folder: Path, case: str, predicted: np.ndarray, spacing) -> None:
-    """Write a class map into a run's folder as NIfTI on the stored grid, for pictures of the case."""
+    """Write a class map into a run's folder as NIfTI on the stored grid, for pictures of the case; whole or not at all.
+
+    DataError where it cannot be written.
+    """
     import nibabel
 
-    path = folder / PREDICTIONS / f"{case}.nii.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(predicted, np.diag([*spacing, 1.0])), path)
+    affine = np.diag([*spacing, 1.0, 1.0, 1.0][:3] + [1.0])  # in 2D a plane of 1 mm
+    data = nibabel.Nifti1Image(predicted, affine).to_bytes()
+    with whole_file(folder / PREDICTIONS / f"{case}.nii.gz", "a writable folder with space left") as temporary:
+        temporary.write_bytes(gzip.compress(data, 1, mtime=0))
 
 
 def costs(method: Method, spec: RunSpec, options: RunOptions, dataset, protocol) -> dict:
@@ -242,6 +346,14 @@ def describe_data(dataset, protocol, store) -> dict:
         "spacing": [mm * protocol.downsample for mm in dataset.spacing[: dataset.dims(protocol)]],
         "title": dataset.title, "citation": dataset.citation,
     }
+
+
+def drop_remains(files: Iterable[Path], record: Path) -> None:
+    """Remove what a killed process was writing: these files, and a record under another name."""
+    for folder in record.parents[:2]:  # see `records.check_folder`
+        files = [*files, *folder.glob(f".{record.name}.*.tmp")]
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def keep_description(folder: Path, spec: RunSpec, data: dict) -> None:
@@ -356,7 +468,10 @@ def code_version() -> dict:
     here = Path(__file__).resolve().parents[1]
 
     def git(*words):
-        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     changed = git("status", "--porcelain", "--", "ssl4mis", "networks", "data_prep", "benchmarks")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import data_prep
 from ssl4mis import config, registry
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
@@ -19,6 +20,7 @@ AXES = {  # lists of a file, what they are called on the command line, and what 
 }  # fmt: skip
 ALL = ("methods", "folds")  # may be the word all: methods that learn from unlabeled data, folds of the split
 NEEDED = ("methods", "datasets")
+DECIDING = ("method", "dataset", "protocol")  # options that decide the defaults of others
 OPTIONS = {field.name for field in dataclasses.fields(RunSpec)} - {option for option, _ in AXES.values()}
 
 
@@ -79,13 +81,39 @@ def expand(block: dict, place: str, options: list[str]) -> list[Run]:
             raise UserError(f"{place}: no {key}, expected a list")
     axes = {AXES[key][0]: values(place, key, value) for key, value in block.items() if key != "options"}
     fixed = settings(place, block.get("options", {}))
-    runs = []
+    parsed, runs = {}, []
     for chosen in itertools.product(*axes.values()):
-        stated = dict(zip(axes, chosen, strict=True)) | fixed
-        for spec in config.parse([*words(stated), *options], place)[0]:
+        stated = dict(zip(axes, chosen, strict=True))
+        deciding = tuple(stated.get(name) for name in DECIDING)
+        if deciding not in parsed:
+            parsed[deciding] = Line([*words(stated | fixed), *options], place)
+        for spec in parsed[deciding].runs({name: stated[name] for name in stated if name not in DECIDING}):
             fold = {"fold": spec.fold} if "fold" in stated else {}  # of all, this one
-            runs.append(Run(spec, [*words(stated | fold), *options]))
+            runs.append(Run(spec, [*words(stated | fold | fixed), *options]))
     return runs
+
+
+class Line:
+    """A command line that was parsed once, for runs that differ in the axes which decide no default of another option.
+
+    Making a parser takes longer than all else of a run's settings. A line that cannot work ends as in `config.parse`.
+    """
+
+    def __init__(self, argv: list[str], place: str):
+        config.parse(argv, place)  # checks the options of the machine, too
+        argv = config.in_order(argv)
+        self.parser = config.make_parser(argv, place)
+        found = self.parser.parse_args(argv).as_dict()
+        names = {field.name for field in dataclasses.fields(RunSpec)} & set(found)
+        self.spec = RunSpec(**{name: found[name] for name in names})
+        self.dataset = data_prep.locate(self.spec.dataset, found["data_root"])[0]
+
+    def runs(self, others: dict) -> list[RunSpec]:
+        """The runs of the line with other values of these options, several for all folds."""
+        try:
+            return config.resolve(dataclasses.replace(self.spec, **others), self.dataset)
+        except (UserError, data_prep.DataError) as error:
+            self.parser.error(error)
 
 
 def values(place: str, key: str, found) -> list:

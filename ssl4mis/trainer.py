@@ -19,6 +19,7 @@ from networks.compiled import compile_networks
 from ssl4mis import checkpoint
 from ssl4mis.batch import Clock
 from ssl4mis.config import RunSpec
+from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader, noise_seed
 from ssl4mis.method import Method
 from ssl4mis.progress import Reporter, duration
@@ -51,7 +52,8 @@ class Trainer:
         self.fabric.launch()
         self.first = ranks.rank() == 0  # the one that writes and speaks
         self.model = self.fabric.setup_module(method.to(memory_format=channels_last(method.task.spatial_dims)))
-        if compile != "none":
+        self.compiled = compile != "none"
+        if self.compiled:
             compile_networks(method, compile)
         self.plan = plan(method.stages(), spec.iterations)
         self.reporter = Reporter(folder / "events.jsonl" if self.first else None, spec.iterations, spec.method)
@@ -62,9 +64,10 @@ class Trainer:
     def fit(self) -> dict:
         """Train to the end; returns {"seconds", "curve"}: of training alone, and the logged events.
 
-        TrainingStopped after Ctrl-C or SIGTERM (state saved) and on a loss that is not finite (state not saved).
+        TrainingStopped after Ctrl-C or SIGTERM (state saved) and on a loss that is not finite (state not saved);
+        UserError where checkpoints are of no use or nothing can be written.
         """
-        state = checkpoint.load(self.folder, self.reporter.say)
+        state = checkpoint.load(self.folder, self.reporter.say, self.spec.id)
         self.fabric.barrier()  # nobody writes while another one reads
         with self.reporter, _Signals(self):
             if state:
@@ -86,7 +89,8 @@ class Trainer:
         clock = Clock(torch.tensor(self.step, device=self.loader.device), total, stage.name)
         started, since, first = time.monotonic(), self.done, self.done
         while self.step < total:
-            torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the last step may be overwritten
+            if self.compiled:  # an import of seconds
+                torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs gave in the last step may be overwritten
             terms, watched = self._train_step(clock, stage)
             self.step, self.done = self.step + 1, self.done + 1
             clock = clock._replace(step=clock.step + 1)
@@ -98,7 +102,7 @@ class Trainer:
             if log or save or keep:
                 self._refuse_bad(terms, stage)
             if log:
-                self._log(terms, watched, stage, (self.done - since) / (time.monotonic() - started))
+                self._log(terms, watched, stage, (self.done - since) / past(started))
             if self.done == first + 10:
                 self._estimate((time.monotonic() - started) / (self.done - since))
             if keep and self.first:
@@ -182,6 +186,7 @@ class Trainer:
         if not self.first:
             return
         checkpoint.save(self.folder, {
+            "run": self.spec.id,
             "method": self.method.state_dict(), "precision": self.fabric.strategy.precision.state_dict(),
             "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
             "stage": self.stage, "step": self.step, "done": self.done, "seconds": self.seconds})
@@ -189,7 +194,12 @@ class Trainer:
     def _restore(self, state: dict) -> None:
         self.stage, self.step = state["stage"], state["step"]
         self.done, self.seconds = state["done"], state["seconds"]
-        self.method.load_state_dict(state["method"])
+        try:
+            self.method.load_state_dict(state["method"])
+        except RuntimeError as error:
+            raise UserError(f"{self.folder}: the weights of the checkpoint do not fit {self.spec.method} on "
+                            f"{self.spec.network} of this version ({' '.join(str(error).split())[:200]}); remove the "
+                            "checkpoints to start again") from None
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         stage, total = self.plan[self.stage]
         if self.step == total:  # saved at the end of a stage: the next one starts afresh
@@ -218,6 +228,11 @@ class _Signals:
     def __exit__(self, *error):
         for number, handler in self.former.items():
             signal.signal(number, handler)
+
+
+def past(started: float) -> float:
+    """Seconds since then, more than 0: the clocks of some systems stand still for as long as a small step takes."""
+    return max(time.monotonic() - started, 1e-9)
 
 
 def plan(stages, iterations: int) -> list:

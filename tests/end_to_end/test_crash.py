@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl4mis import checkpoint, records
+from ssl4mis import checkpoint, records, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 45
@@ -146,3 +146,31 @@ def test_only_damaged_checkpoints_are_one_line(prepared, whole, tmp_path):
     said = finish(start(prepared, tmp_path), 2)
     assert "Traceback" not in said and said.splitlines()[-1].startswith("run.py: error: ")
     assert "previous.ckpt: damaged checkpoint" in said.splitlines()[-1]
+
+
+def killed_at(method, out, *moments) -> list[dict]:
+    """What became of a run killed at each of the moments (see crashes.py) and started again."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("crashes.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", script, method, out, *moments], cwd=ROOT, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for moment in found:
+        assert moment["ended"] == [-signal.SIGKILL, 0] and not moment["wrong"], moment
+    return found
+
+
+def test_killed_in_a_write_between_stages_and_in_the_evaluation(tmp_path):
+    """Weights, record, table, predictions and the files that are left are those of the undisturbed run."""
+    found = killed_at("bcp", tmp_path, "checkpoint half", "rename after", "prediction half")
+    assert len(found) == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", registry.names())
+def test_killed_anywhere(method, tmp_path):
+    """Fourteen random moments, and one of each kind of which there are few."""
+    kinds = ("checkpoint half", "rename before", "rename after", "link before", "link after", "_make_optimizers",
+             "write_prediction", "drop_previous")  # fmt: skip
+    assert len(killed_at(method, tmp_path, "14", *kinds)) >= 20

@@ -1,5 +1,7 @@
 """Checkpoints that are cut, flipped or half renamed."""
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -127,6 +129,103 @@ def test_the_whole_generation_outlives_the_save_after_a_fallback(folder, monkeyp
     assert checkpoint.load(folder, lambda text: None)["done"] in (1, 3)
 
 
+def of_another_run(path):
+    checkpoint.save(path.parent / "other", own(9, "other"))
+    os.replace(path.parent / "other" / LATEST, path)
+
+
+def weights_alone(path):
+    path.write_bytes(checkpoint.sealed(saved(state(9)["method"])))
+
+
+def a_list(path):
+    path.write_bytes(checkpoint.sealed(saved([1, 2])))
+
+
+def no_torch_file(path):
+    path.write_bytes(checkpoint.sealed(b"whatever"))
+
+
+def a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def own(number, run="mine"):
+    return state(number) | {"run": run}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Two generations of a run: 1 and 2."""
+    (tmp_path / "other").mkdir()
+    for number in (1, 2):
+        checkpoint.save(tmp_path, own(number))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, foreign, of_another_run, weights_alone, a_list, no_torch_file,
+                                    a_folder])  # fmt: skip
+def test_what_is_not_of_this_run_is_told_and_passed_over(mine, damage):
+    damage(mine / LATEST)
+    said = []
+    assert checkpoint.load(mine, said.append, "mine")["done"] == 1
+    assert len(said) == 1 and str(mine / LATEST) in said[0] and "the generation before it" in said[0]
+    assert "\n" not in said[0]
+    damage(mine / PREVIOUS)
+    with pytest.raises(UserError, match=f"{PREVIOUS}.*remove it") as error:
+        checkpoint.load(mine, said.append, "mine")
+    assert "\n" not in str(error.value) and len(said) == 2
+
+
+def test_the_checkpoint_of_another_run_is_named(mine):
+    of_another_run(mine / LATEST)
+    said = []
+    checkpoint.load(mine, said.append, "mine")
+    assert "a checkpoint of run other, expected one of mine" in said[0]
+    assert checkpoint.load(mine)["done"] == 9  # whoever does not say which run it shall be
+    of_no_run = checkpoint.load(mine, said.append, "other")
+    assert of_no_run["done"] == 9
+
+
+def test_older_checkpoints_name_no_run(folder):
+    assert checkpoint.load(folder, run="mine")["done"] == 2
+
+
+@pytest.mark.parametrize("damage", [of_another_run, weights_alone])
+def test_what_is_not_of_this_run_takes_no_place_of_what_is(mine, damage, monkeypatch):
+    """A crash between the two renames of a save leaves one generation, which must be of the run."""
+    damage(mine / LATEST)
+    crash_at_rename(monkeypatch, 1)
+    with contextlib.suppress(Crash):
+        checkpoint.save(mine, own(3))
+    monkeypatch.undo()
+    assert checkpoint.load(mine, lambda text: None, "mine")["done"] in (1, 3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(folder, monkeypatch, name, number):
+    def refuse(*words):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, name, refuse)
+    for write in (lambda: checkpoint.save(folder, state(3)), lambda: checkpoint.keep(folder, 3, state(3)["method"])):
+        with pytest.raises(UserError, match=rf"ckpt: cannot be written \({os.strerror(number)}\), expected") as error:
+            write()
+        assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert checkpoint.load(folder)["done"] == 2 and checkpoint.read(folder / PREVIOUS)["done"] == 1
+    assert checkpoint.kept(folder) == {}
+    assert name == "replace" or not list(folder.rglob("*.partial"))  # of no use, and it takes room
+
+
 def test_pickled_code_is_not_run(tmp_path):
     marker = tmp_path / "executed"
 
@@ -138,7 +237,7 @@ def test_pickled_code_is_not_run(tmp_path):
     torch.save({"method": Evil()}, buffer)
     data = buffer.getvalue()
     (tmp_path / LATEST).write_bytes(MAGIC + hashlib.sha256(data).digest() + data)
-    with pytest.raises(Exception, match="(?i)weights.only|unsupported|damaged"):
+    with pytest.raises(UserError, match="holds more than tensors and plain values"):
         checkpoint.load(tmp_path, lambda text: None)
     assert not marker.exists()
 
@@ -163,6 +262,9 @@ def test_kept_weights_stay_and_are_found_in_order(folder):
 
 
 def test_no_weights_kept(tmp_path):
+    assert checkpoint.kept(tmp_path) == {}
+    (tmp_path / checkpoint.KEPT).mkdir()
+    (tmp_path / checkpoint.KEPT / "best.ckpt").write_bytes(b"of somebody else")
     assert checkpoint.kept(tmp_path) == {}
 
 

@@ -140,7 +140,8 @@ def test_distances_in_voxels_and_mm():
 def test_every_case_has_its_own_spacing():
     store = Store()
     store.spacing = lambda case: SPACING if case == "large" else (2.0, 2.0, 2.0)
-    found = {row["case"]: row for row in evaluate(Oracle(), store, CASES, {"chamber": (1,)}, PATCH, STRIDE, "cpu").cases}
+    scored = evaluate(Oracle(), store, CASES, {"chamber": (1,)}, PATCH, STRIDE, "cpu").cases
+    found = {row["case"]: row for row in scored}
     assert found["large"]["diagonal_mm"] == pytest.approx(math.hypot(21, 18, 13 * 2.5))
     assert found["small"]["diagonal_mm"] == pytest.approx(2 * math.hypot(12, 20, 7))
 

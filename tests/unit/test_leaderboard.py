@@ -663,10 +663,23 @@ def test_a_demo_below_the_results_leaves_the_readme_alone(main, tmp_path):
 def test_bad_input_is_one_line_and_status_2(main, tmp_path, capsys):
     path = records.write(make(), tmp_path / "records")
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 9'))
-    for options in (["--results", str(tmp_path)], ["--results", str(tmp_path / "absent")],
-                    ["--results", str(tmp_path), "--readme", str(tmp_path / "absent.md")]):  # fmt: skip
+    absent = ["--results", str(tmp_path), "--readme", str(tmp_path / "absent.md")]  # beside the broken record
+    for options, lines in ((["--results", str(tmp_path)], 1), (["--results", str(tmp_path / "absent")], 1), (absent, 2)):
         assert main(options) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_a_broken_record_is_named_and_the_others_are_used(main, tmp_path, capsys):
+    good, bad = make(0.8), make(0.7, "cps")
+    records.write(good, tmp_path / "records")
+    path = records.write(bad, tmp_path / "records")
+    path.write_text("{")
+    assert main(["--results", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and str(path) in said.err and "ua_mt" in said.out
+    table = (tmp_path / "leaderboard.csv").read_text()
+    assert table.count("measured") == 1 and "ua_mt" in table
+    assert main(["--results", str(tmp_path), "--check"]) == 2
 
 
 # --- part of the rows, and other forms --------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Run records: written once, strict, readable line by line, refused when broken."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from ssl4mis import records
+from ssl4mis.errors import UserError
 
 DISTANCES = [f"{name}_{unit}" for name in ("hd95", "hd95_max", "asd", "assd") for unit in ("voxel", "mm")]
 
@@ -128,6 +131,16 @@ BROKEN = {
     "cases[1] lacks 'asd_mm'": drop("cases", 1, "asd_mm"),
     "schema is 2, expected 1": put(2, "schema"),
     "spec.seed is '0', expected int": put("0", "spec", "seed"),
+    "spec.patch is None, expected list": put(None, "spec", "patch"),
+    "spec.dataset is '../x', expected a name": put("../x", "spec", "dataset"),
+    "split.test[0] is '/x', expected a name": put("/x", "split", "test", 0),
+    "split.per_patient is 0, expected at least 1": put(0, "split", "per_patient"),
+    "classes[1] is [], expected a name": put([], "classes", 1),
+    "memory.peak_mib is 'much', expected float": put("much", "memory", "peak_mib"),
+    "code.version is [], expected str": put([], "code", "version"),
+    "calibration is True, expected list": put(True, "calibration"),
+    "curve[0] is None, expected a JSON object": put(None, "curve", 0),
+    "curve[0].terms.a is 'x', expected float": put({"terms": {"a": "x"}}, "curve", 0),
     "split.folds is True": put(True, "split", "folds"),
     "id '../x'": put("../x", "id"),
     "expected equal and below": put(1, "split", "fold"),
@@ -160,13 +173,68 @@ def test_broken_records_are_refused_on_write_and_on_read(message, tmp_path):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": NaN}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": NaN}', "[" * 10**5, "[" * 30 + "]" * 30, '{"id": 1e999}',
+                                  '{"id": "\\ud800"}', '{"id": ' + "9" * 30 + "}", "9" * 5000])  # fmt: skip
 def test_a_file_that_is_no_record_is_named(text, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         records.read(path)
     assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_files_are_named_and_the_others_read(tmp_path, capsys):
+    paths = [records.write(make(seed=seed), tmp_path) for seed in range(4)]
+    paths[1].write_text("{")
+    paths[3].write_bytes(b"\xff")
+    (tmp_path / "folder.json").mkdir()
+    broken = records.Broken()
+    assert [record["spec"]["seed"] for record in records.read_all(tmp_path, broken)] == [0, 2]
+    said = capsys.readouterr().err.splitlines()
+    assert len(broken) == len(said) == 3
+    assert sorted(line.partition(".json")[0] for line in said) == sorted(
+        str(path.with_suffix("")) for path in (paths[1], paths[3], tmp_path / "folder"))
+    with pytest.raises(UserError):
+        records.read_all(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("name", ["fsync", "replace", "link"])
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, name, number):
+    def refuse(*words):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, name, refuse)
+    if name == "link":  # and no rename either
+        monkeypatch.setattr(os, "replace", refuse)
+    writes = [] if name == "replace" else [lambda: records.write(make(), tmp_path / "records")]
+    for write in [*writes, *([lambda: records.write_text(tmp_path / "table.csv", "x")] if name != "link" else [])]:
+        with pytest.raises(UserError, match=rf"(json|csv): cannot be written \({os.strerror(number)}\)") as error:
+            write()
+        assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_is_none_is_seen_in_time(tmp_path):
+    records.check_folder(tmp_path / "new" / "records" / "x.json")
+    records.check_folder(tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "records"):
+        with pytest.raises(UserError, match="cannot be written"):
+            records.check_folder(folder / "x.json")
+
+
+def test_what_is_too_deep_to_be_written_again_is_refused(tmp_path):
+    record = make()
+    path = records.write(record, tmp_path)
+    deep = []
+    for _ in range(400):
+        deep = [deep]
+    record["spec"]["hp"] = {"a": deep}
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="more than 20 deep"):
+        records.read(path)
 
 
 def test_the_file_name_is_the_id(tmp_path):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import data_prep
-from ssl4mis import config, records, registry, suites, sweep
-from ssl4mis.config import RunOptions
+from ssl4mis import config, records, registry, suites
 from ssl4mis.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +142,17 @@ def test_a_fold_is_one_run(tmp_path):
     assert all(config.parse(run.words)[0] == [run.spec] for run in every) and some[0].spec == every[3].spec
 
 
+def test_a_thousand_runs_take_one_parser_per_combination_and_keep_their_ids(tmp_path, monkeypatch):
+    made = []
+    make = config.make_parser
+    monkeypatch.setattr(config, "make_parser", lambda argv, prog: made.append(argv) or make(argv, prog))
+    runs = read(tmp_path, f'[[runs]]\nseeds = {list(range(20))}\nmethods = ["supervised", "ua_mt", "mt"]\n'
+                          'datasets = ["LA"]\nfolds = "all"\nlabeled = ["100%", 8]\noptions = { iterations = 9 }')
+    assert len(made) == 2 * 3 and len(runs) == 3 * 2 * 5 * 20
+    for run in runs[::97]:
+        assert config.parse(run.words)[0] == [run.spec]
+
+
 def test_options_of_the_machine_are_words_of_every_run(tmp_path):
     plain = read(tmp_path, BLOCK)
     (run,) = read(tmp_path, BLOCK, "--device", "cpu", "--peek_test")
@@ -205,58 +215,6 @@ def test_a_suite_by_name_or_path(tmp_path):
     for text, found in (("", None), ("about = 3\n", 3)):
         with pytest.raises(UserError, match=f"mine.toml: about is {found}, expected a line of text"):
             suites.read(write(tmp_path, text + BLOCK))
-
-
-def test_options_that_differ_from_the_default_are_passed_on():
-    assert sweep.passed_on(RunOptions(), False) == []
-    options = RunOptions(device="cpu", out=Path("a b"), keep_every=5, checkpointing=True)
-    words = sweep.passed_on(options, True)
-    assert words == ["--device", "cpu", "--out", "a b", "--keep_every", "5", "--checkpointing", "True", "--peek_test"]
-    assert config.parse(["--method", "supervised", "--dataset", "phantom", *words])[1] == options
-
-
-def test_the_state_of_a_run_is_what_its_folder_holds(tmp_path):
-    def put(name):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-
-    def found():
-        return sweep.state("x", tmp_path), sweep.state("x", tmp_path, peek=True)
-
-    assert found() == ("waiting", "waiting")
-    put("runs/x/config.json")
-    assert found() == ("waiting", "waiting")
-    put("runs/x/latest.ckpt")
-    assert found() == ("unfinished", "unfinished")
-    put("records/x.json")
-    assert found() == ("done", "unfinished")
-    put("peeks/x.json")
-    assert found() == ("done", "done")
-
-
-def script(folder: Path, text: str) -> Path:
-    (folder / "run.py").write_text(text)
-    return folder / "run.py"
-
-
-@pytest.mark.parametrize(("text", "status", "line"), [
-    ("import sys; print('out'); print('one\\n two \\n', file=sys.stderr); sys.exit(2)", 2, "two"),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9, "ended by SIGKILL"),
-    ("raise ValueError('no')", 1, "ValueError: no"), ("print('fine')", 0, "")])
-def test_an_attempt_tells_how_a_run_ended(tmp_path, monkeypatch, text, status, line):
-    monkeypatch.setattr(sweep, "SCRIPT", script(tmp_path, text))
-    assert sweep.attempt([]) == (status, line)
-
-
-def test_a_failed_run_does_not_end_the_others_and_a_stopped_one_does(tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    monkeypatch.setattr(sweep, "SCRIPT", script(
-        tmp_path, f"import sys\nopen({str(log)!r}, 'a').write(sys.argv[1])\nsys.exit(int(sys.argv[1]))"))
-    runs = [suites.Run(None, [status]) for status in ("1", "0", "2")]
-    assert [run.words for run, _ in sweep.local(runs)] == [["1"], ["2"]] and log.read_text() == "102"
-    with pytest.raises(KeyboardInterrupt):
-        sweep.local([suites.Run(None, ["130"]), runs[1]])
-    assert log.read_text() == "102130"
 
 
 def test_importing_suites_and_sweep_loads_no_torch():

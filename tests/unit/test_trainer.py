@@ -16,6 +16,7 @@ from torch import nn
 from ssl4mis import checkpoint, trainer
 from ssl4mis.batch import Losses
 from ssl4mis.config import RunSpec
+from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader
 from ssl4mis.method import Method, Stage, Task
 from ssl4mis.schedules import learning_rate
@@ -365,3 +366,57 @@ def test_weights_are_kept_on_the_way_and_again_after_a_crash(tmp_path):
     assert kept(tmp_path / "cut") == {3: -3, 6: -6}
     make(tmp_path / "cut", keep_every=3).fit()
     assert kept(tmp_path / "cut") == kept(tmp_path)
+
+
+def test_a_checkpoint_of_another_seed_is_passed_over(tmp_path):
+    for name, seed in (("mine", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        with pytest.raises(Crash):
+            make(tmp_path / name, Ramp(hp=at(9, crash)), seed=seed).fit()
+    os.replace(tmp_path / "other" / checkpoint.LATEST, tmp_path / "mine" / checkpoint.LATEST)
+    run, said = make(tmp_path / "mine"), []
+    run.reporter.say = said.append
+    run.fit()
+    assert "a checkpoint of run " in said[0] and "-s1-" in said[0] and "trying the generation before it" in said[0]
+    assert "resuming at iteration 4 of 12" in said[1] and run.method.weight.tolist() == [-12.0, -12.0]
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    """As after a change of the code; the id of the run is of its settings."""
+    make(tmp_path, iterations=4).fit()
+    other = Ramp()
+    other.weight = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError, match="do not fit toy on vnet of this version.*start again") as error:
+        make(tmp_path, other, iterations=4).fit()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "{}", '{"done": "x"}', "\xff\xfe", "[" * 10**5, ""])
+def test_strange_lines_of_the_log_are_dropped(tmp_path, line):
+    with pytest.raises(Crash):
+        make(tmp_path, Ramp(hp=at(7, crash))).fit()
+    with open(tmp_path / "events.jsonl", "a", encoding="latin-1") as file:
+        file.write(line)
+    assert [e["done"] for e in make(tmp_path).fit()["curve"]] == list(range(1, 13))
+
+
+def test_the_log_on_a_full_disk_is_one_line(tmp_path):
+    run = make(tmp_path)
+    run.reporter.events = tmp_path / "folder"
+    run.reporter.rewind = lambda done: []
+    run.reporter.events.mkdir()
+    with pytest.raises(UserError, match="folder: cannot be written") as error:
+        run.fit()
+    assert "\n" not in str(error.value)
+
+
+def test_a_clock_that_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: 3.0)
+    run = make(tmp_path)
+    assert run.fit()["seconds"] == 0 and run.done == 12
+
+
+def test_nothing_of_the_compiler_is_loaded_without_need(tmp_path, monkeypatch):
+    """Importing it takes seconds, which a thousand short runs would pay."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", crash)
+    make(tmp_path).fit()
