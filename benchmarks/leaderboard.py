@@ -7,10 +7,7 @@ from ssl4mis import leaderboard, records
 
 
 def main(argv=None) -> int:
-    """Exit status: 0 done or up to date, 1 a file would change (--check), 2 a record or an argument is bad.
-
-    A broken record is named, and the others make the table; with --check nothing else is looked at.
-    """
+    """Exit status: 0 done or up to date, 1 a file would change (--check), 2 a record or an argument is bad."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--results", default="results", help="folder with records/ and reported.csv (%(default)s)")
@@ -25,7 +22,7 @@ def main(argv=None) -> int:
     part = bool(wanted or options.format or options.out)
     if part and (options.check or options.readme):
         parser.error("--check and --readme are about all rows: expected no filter, --format or --out beside them")
-    broken = records.Broken()
+    broken = records.Broken()  # named, and the others make the table; --check stops at the first one
     try:
         if part:
             leaderboard.show(options.results, wanted, options.format, options.out, broken)
