@@ -33,6 +33,14 @@ def trained(tmp_path_factory):
     return out, run(*RUN, "--out", out, "--peek-test").stdout
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A results folder with the same run, which kept no weights."""
+    out = tmp_path_factory.mktemp("plain") / "results"
+    run(*RUN, "--out", out)
+    return out
+
+
 def only(folder):
     (path,) = folder.glob("*.json")
     return path
@@ -48,12 +56,11 @@ def test_peeks_end_with_the_record(trained):
     assert "peeks of 10 checkpoints" in said and "scoring the weights of iteration 18" in said
 
 
-def test_peeking_changes_neither_record_nor_table(trained, tmp_path):
+def test_peeking_changes_neither_record_nor_table(trained, plain):
     out, _ = trained
-    run(*RUN, "--out", tmp_path)
-    plain, peeked = records.read(only(tmp_path / "records")), records.read(only(out / "records"))
+    unpeeked, peeked = records.read(only(plain / "records")), records.read(only(out / "records"))
     for key in ("cases", "calibration", "weights_sha256", "costs", "spec", "id"):
-        assert plain[key] == peeked[key]
+        assert unpeeked[key] == peeked[key]
     before = leaderboard.outputs(out)
     (out / "peeks").rename(out / "away")
     try:
@@ -74,9 +81,8 @@ def test_what_was_scored_is_not_scored_again(trained):
     assert only(out / "peeks").read_bytes() == whole
 
 
-def test_without_kept_weights_there_is_one_line(tmp_path):
-    run(*RUN, "--out", tmp_path)
-    done = run(*RUN, "--out", tmp_path, "--peek-test", expected=2)
+def test_without_kept_weights_there_is_one_line(plain):
+    done = run(*RUN, "--out", plain, "--peek-test", expected=2)
     assert "no weights, expected those that a run with --peek_test or --keep_every keeps" in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -44,6 +44,7 @@ def sweep(folder, *words, expected=0) -> tuple[str, str]:
     return said
 
 
+@pytest.mark.long
 def test_a_sweep_makes_the_runs_that_are_not_done_and_goes_on_after_a_failure(tmp_path):
     suite = tiny(tmp_path, ["mean_teacher"], 'controls = ["other:LA", "", "copies"]')
     failing, plain, copies = suites.read(suite).runs
@@ -71,6 +72,7 @@ def test_a_sweep_makes_the_runs_that_are_not_done_and_goes_on_after_a_failure(tm
     assert re.search(f"\ndone +{plain.spec.id}\n", out) and re.search(f"\nwaiting +[0-9]+ s  {copies.spec.id}  --", out)
 
 
+@pytest.mark.long
 def test_a_peek_is_part_of_being_done(tmp_path):
     suite = tiny(tmp_path, ["supervised"])
     words = [suite, "--out", "made here", "--peek-test", "--keep-every", "1"]
@@ -111,7 +113,8 @@ def without_times(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in ("timing", "memory")} | {"curve": curve}
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, engine):
     if engine == "ray":
         pytest.importorskip("ray", reason="the extra sweep is not installed")
