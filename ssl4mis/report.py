@@ -412,6 +412,7 @@ class Page:
     # 1
 
     def summary(self):
+        """What the numbers say in sentences, the protocol, and what is incomplete."""
         runs, field = self.runs, self.field
         cases = sorted({case for run in runs for case in run["split"]["test"]})
         folds = sorted({run["spec"]["fold"] for run in runs})
@@ -548,6 +549,7 @@ class Page:
     # 2
 
     def leaderboard(self):
+        """The rows of the leaderboard on this page, all their columns, and what papers print."""
         rows = {_row_key(row): (place, row) for place, row in enumerate(self.table)
                 if row["source"] == "measured" and self._on_page(row)}
         entries = [(*rows[_group_key(group)], group) for group in self.groups]
@@ -593,6 +595,7 @@ class Page:
     # 3
 
     def gap(self):
+        """What choosing the checkpoint on the test list would have bought, or how to measure it."""
         if not self.gaps:
             yield Text("Not measured for these runs: train with --peek-test, which scores the kept checkpoints on the "
                        "test list into results/peeks, where no ranking can read them.")
@@ -636,6 +639,7 @@ class Page:
     # 5
 
     def comparisons(self):
+        """Paired comparisons with supervised training and with the best row, and the critical differences."""
         pairs = self.against_supervised
         if pairs:
             yield self._pair_table("Dice against supervised training on the same labels, with the same network, "
@@ -686,6 +690,7 @@ class Page:
     # 6
 
     def details(self):
+        """Scores of every run, class and case."""
         columns = [column for column in SCORES if not column.endswith("_mm") or self._has_mm()]
         yield Table("Runs", ["run", "method", "fold", "seed", *map(_header, columns), "missed", "false alarms"],
                     list(self._run_lines(columns)))
@@ -731,6 +736,7 @@ class Page:
     # 7
 
     def worst(self):
+        """The worst cases of every row, with pictures where scans and predictions are there."""
         yield Text(f"The {WORST} lowest Dice of each row, mean over classes and over the runs that tested the case.",
                    "note")
         yield Text("Pictures: yellow is the truth, blue the prediction of the run with the lowest Dice on the case, of "
@@ -768,6 +774,7 @@ class Page:
     # 8
 
     def curves(self):
+        """Loss terms and watched values over the iterations."""
         charts, missing = [], []
         for group in self.groups:
             panels = defaultdict(lambda: defaultdict(list))
@@ -829,6 +836,7 @@ class Page:
     # 10
 
     def negative(self):
+        """Negative controls, with a flag for what gains."""
         if not self.controls:
             yield Text("No run with replaced unlabeled images (noise, copies of labeled scans, another data set) is "
                        "here: the suite named controls makes them.")
@@ -858,6 +866,7 @@ class Page:
     # 11
 
     def cost(self):
+        """Time, memory, parameters and passes against Dice."""
         header = ["method", "device", "hours per run", "iterations/s", "peak memory [MiB]", "parameters [M]",
                   "forward passes per step", "backward passes per step", "Dice [%]", "records"]
         lines, points = [], defaultdict(list)
@@ -902,6 +911,7 @@ class Page:
     # 12
 
     def how(self):
+        """Definitions, statistics, and the record behind every run number."""
         yield Bullets([f"{name}: {sentence}" for name, sentence in MEANING.items()])
         yield Bullets([
             "A row's score is the mean over cases per class, then over classes, then over runs (folds and seeds). sd "
