@@ -1,6 +1,7 @@
 """The report: its figures computed again from the records it names, by hand and by SciPy, and what it cannot know."""
 
 import copy
+import csv
 import html
 import html.parser
 import random
@@ -270,6 +271,30 @@ def test_the_cases_of_the_real_runs(la, named):
     for row in rows:
         for name, runs in names.items():
             assert row[name] == f"{100 * dice_of(runs)[row['case']]:.2f}"
+
+
+def test_the_distances_of_every_case_of_the_real_runs(la, named):
+    names = {row["method"]: of(row, named) for row in table(la[2], "Leaderboard", "Best first")}
+    rows = table(la[2], "Runs, folds, classes and cases", "95HD [voxel], mean over classes")
+    assert [row["case"] for row in rows] == sorted(dice_of([named["R1"]]))
+    for row in rows:
+        for name, runs in names.items():  # one class; an empty mask is as far away as the image is long
+            found = [entry["diagonal_voxel"] if entry["hd95_voxel"] is None else entry["hd95_voxel"]
+                     for run in runs for entry in run["cases"] if entry["case"] == row["case"]]  # fmt: skip
+            assert len(found) == len(runs) and row[name] == f"{sum(found) / len(found):.2f}"
+
+
+def test_all_columns_of_the_real_runs_are_those_of_the_committed_table(la, named):
+    rows = table(la[2], "Leaderboard", "As in leaderboard.csv")
+    with open(ROOT / "results" / "leaderboard.csv", encoding="utf-8", newline="") as file:
+        committed = [line for line in csv.DictReader(file) if line["source"] == "measured"
+                     and (line["dataset"], line["protocol"], line["labeled"]) == ("LA", "lite", "16")]  # fmt: skip
+    shown = {name: {row["column"]: row[name] for row in rows} for name in rows[0] if name != "column"}
+    assert len(shown) == len(committed) > 1
+    for name, row in shown.items():
+        (line,) = [line for line in committed if line["hp_hash"] == row["hp_hash"] and not line["control"]]
+        assert {key: value for key, value in line.items() if value and key != "method"} == {
+            key: value for key, value in row.items() if value}, name
 
 
 def test_the_label_efficiency_of_the_real_runs(la, named):
