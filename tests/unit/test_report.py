@@ -293,6 +293,7 @@ def test_all_columns_of_the_real_runs_are_those_of_the_committed_table(la, named
     assert len(shown) == len(committed) > 1
     for name, row in shown.items():
         (line,) = [line for line in committed if line["hp_hash"] == row["hp_hash"] and not line["control"]]
+        assert name.split(" (")[0] == line["method"]
         assert {key: value for key, value in line.items() if value and key != "method"} == {
             key: value for key, value in row.items() if value}, name
 
