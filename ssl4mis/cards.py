@@ -124,7 +124,7 @@ def measure(cls: type) -> tuple[dict[str, Counter], list[str]]:
         method.train()
         counts.clear()
         for phase in stage.phases:
-            clock = Clock(torch.tensor(TOTAL - 1), TOTAL, stage.name, phase)
+            clock = Clock(torch.tensor(TOTAL - 1), TOTAL, stage.name, phase.name)
             method(batch, clock)
         method.after_step(clock)
         found[stage.name] = counts.copy()
@@ -255,7 +255,7 @@ def stage_line(stage: Stage) -> str:
     schedule = "the run's schedule" if stage.schedule is None else f"schedule {stage.schedule}"
     if stage.drop != Stage().drop:
         schedule += f" (a drop after every {stage.drop:.4g} of the stage)"
-    phases = " and ".join(f"`{phase}`" for phase in stage.phases)
+    phases = " and ".join(f"`{phase.name}`" + (" (Adam)" if phase.adam else "") for phase in stage.phases)
     return f"- `{stage.name}`: {100 * stage.share:.4g} % of the run; {phases}; {schedule}\n"
 
 

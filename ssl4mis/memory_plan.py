@@ -26,6 +26,7 @@ from ssl4mis.evaluator import predictor
 from ssl4mis.inference import by_planes, sliding_window
 from ssl4mis.leaderboard import markdown_table
 from ssl4mis.method import Method, Needs, Task
+from ssl4mis.optimizers import optimizers
 
 LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 KEPT, TEMPORARY, GAPS = "activations for the backward pass", "temporary", "heap: gaps and kept pages"
@@ -94,17 +95,15 @@ def plan(build: Callable[[], Method], spec, device: torch.device, scans: Scans |
         for stage in method.stages():
             method.enter(stage.name)
             method.train()
-            optimizers = {phase: torch.optim.SGD(
-                method.trainable(phase), spec.learning_rate, spec.momentum, weight_decay=spec.weight_decay,
-                foreach=True) for phase in stage.phases}
+            each = optimizers(method, stage, spec)
             total = max(1, round(stage.share * spec.iterations))
             clock = Clock(torch.tensor(total - 1), total, stage.name)
-            for optimizer in optimizers.values():  # as in any step but the first one
+            for optimizer in each.values():  # as in any step but the first one
                 momentum(optimizer)
-            training = max(training, step(method, clock, optimizers, spec, tracker),
+            training = max(training, step(method, clock, each, spec, tracker),
                            key=lambda part: sum(part.values()))
             high = tracker.heap.high
-        evaluation = predict(method, optimizers, spec, scans.largest if scans else None, tracker)
+        evaluation = predict(method, each, spec, scans.largest if scans else None, tracker)
     parts = [training, evaluation]
     if device.type == "cpu":  # `memory.keep_pages`: the heap does not shrink
         for part, top in zip(parts, (high, tracker.heap.high), strict=True):

@@ -15,6 +15,26 @@ from ssl4mis.errors import UserError
 from ssl4mis.schedules import DROP, ema_decay, sigmoid_ramp
 
 
+class Adam(NamedTuple):
+    """Settings of an Adam optimizer, by default those of the field's discriminators."""
+
+    rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+
+class Phase(NamedTuple):
+    """A part of a step, with a forward pass and an optimizer of its own: an adversary and its opponent take turns.
+
+    Without `adam` the optimizer is the run's SGD; `schedule` goes over that of the stage. What a phase computes for a
+    later one of the same step may wait in a plain attribute.
+    """
+
+    name: str = "segment"
+    adam: Adam | None = None
+    schedule: str | None = None
+
+
 class Stage(NamedTuple):
     """A part of a run: `share` of its steps, one optimizer per phase; the clock restarts in each stage.
 
@@ -24,7 +44,7 @@ class Stage(NamedTuple):
 
     name: str = "train"
     share: float = 1.0
-    phases: tuple[str, ...] = ("segment",)
+    phases: tuple[Phase, ...] = (Phase(),)
     schedule: str | None = None
     drop: float = DROP
 
@@ -142,6 +162,12 @@ def within(hp, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(hp, name) <= high:
             raise UserError(f"hp.{name} {getattr(hp, name)}: expected {low:g} to {high:g}")
+
+
+def through(module: nn.Module, *inputs):
+    """What a module makes of its inputs, with gradients to the inputs and none to its weights: an adversary's judgement
+    of what it is not to learn from."""
+    return torch.func.functional_call(module, module.state_dict(), inputs)
 
 
 class Teacher(nn.Module):

@@ -54,7 +54,7 @@ def per_step(build: Callable[[], Method], spec) -> tuple[float, float]:
             counts.clear()
             total = max(1, round(stage.share * spec.iterations))
             for phase in stage.phases:
-                method(batch, Clock(torch.tensor(total - 1), total, stage.name, phase))
+                method(batch, Clock(torch.tensor(total - 1), total, stage.name, phase.name))
             decoded = {key: count for key, count in counts.items() if key[1] == "decoded"}
             forward += stage.share * sum(decoded.values())
             backward += stage.share * sum(count for key, count in decoded.items() if key[2])

@@ -22,8 +22,8 @@ from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader, noise_seed
 from ssl4mis.method import Method
+from ssl4mis.optimizers import optimizers, rate
 from ssl4mis.progress import Reporter, duration
-from ssl4mis.schedules import learning_rate
 
 HOURS = 2 * 3600  # from here on a run on a CPU names the protocol made for it
 
@@ -119,21 +119,19 @@ class Trainer:
         seed = noise_seed(self.spec.seed, self.stage, self.step)
         torch.manual_seed(seed)
         batch = self.loader.batch(self.stage, self.step)
-        schedule = stage.schedule or self.spec.schedule
-        rate = learning_rate(schedule, self.spec.learning_rate, self.step, clock.total, stage.drop)
         seen, watched = {}, {}
         for phase in stage.phases:
-            optimizer = self.optimizers[phase]
+            optimizer = self.optimizers[phase.name]
             self.method.zero_grad()  # of all phases: one phase's backward pass reaches the others' parameters
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate(phase, stage, self.spec, self.step, clock.total)
             with ranks.spread(seed):
-                losses = self.model(batch, clock._replace(phase=phase))
+                losses = self.model(batch, clock._replace(phase=phase.name))
                 self.fabric.backward(sum(losses.terms.values()))
             if self.spec.clip:
                 self.fabric.clip_gradients(self.model, optimizer, max_norm=self.spec.clip)
             optimizer.step()
-            prefix = f"{phase}/" if len(stage.phases) > 1 else ""
+            prefix = f"{phase.name}/" if len(stage.phases) > 1 else ""
             seen.update({prefix + name: value for name, value in losses.terms.items()})
             watched.update({prefix + name: value for name, value in losses.watch.items()})
         self.method.after_step(clock)
@@ -176,11 +174,8 @@ class Trainer:
                           f"{device} ({seconds:.2f} s each){slow}")
 
     def _make_optimizers(self, stage) -> None:
-        settings = {"lr": self.spec.learning_rate, "momentum": self.spec.momentum,
-                    "weight_decay": self.spec.weight_decay, "foreach": True}
-        self.optimizers = {
-            phase: self.fabric.setup_optimizers(torch.optim.SGD(self.method.trainable(phase), **settings))
-            for phase in stage.phases}
+        self.optimizers = {phase: self.fabric.setup_optimizers(optimizer)
+                           for phase, optimizer in optimizers(self.method, stage, self.spec).items()}
 
     def _save(self) -> None:
         if not self.first:

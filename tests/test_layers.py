@@ -19,7 +19,7 @@ LAYERS = (
     ("networks", "data_prep"),
     tuple(f"ssl4mis.{m}" for m in
           "errors method batch losses schedules ops augment inference distance correlation metrics optional surface "
-          "edt components kernels calibration".split()),
+          "optimizers edt components kernels calibration".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
     ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict", "ssl4mis.reproduce"),

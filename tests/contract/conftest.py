@@ -112,7 +112,7 @@ class Setting:
             method.enter(stage.name)
             method.train()
             for phase in stage.phases:
-                yield Clock(torch.tensor(step), TOTAL, stage.name, phase)
+                yield Clock(torch.tensor(step), TOTAL, stage.name, phase.name)
 
     def losses(self, batch=None, method=None):
         """(clock, Losses) of every stage and phase of a freshly seeded method."""

@@ -14,7 +14,7 @@ from torch import nn
 from ssl4mis import cards, leaderboard, registry
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
-from ssl4mis.method import Method, Needs, Preset, Stage, Teacher
+from ssl4mis.method import Method, Needs, Phase, Preset, Stage, Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = registry.names()
@@ -71,7 +71,7 @@ class Mixed(Method):
         self.teacher, self.projection = Teacher(self.net, 0.9), nn.Linear(1000, 2000)
 
     def stages(self):
-        return Stage("warm", 0.25), Stage("main", 0.75, ("segment", "criticize"), "step", 0.125)
+        return Stage("warm", 0.25), Stage("main", 0.75, (Phase("segment"), Phase("criticize")), "step", 0.125)
 
     def enter(self, stage):
         self.entered = stage

@@ -23,6 +23,7 @@ from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader
 from ssl4mis.memory_plan import GAPS, KEPT, MIB, TEMPORARY, Heap, Scans, Tracker, no_content
 from ssl4mis.method import Task
+from ssl4mis.optimizers import optimizers
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -208,11 +209,10 @@ def test_a_step_with_content_takes_what_is_planned(name, precision, checkpointed
             stage = method.stages()[-1]
             method.enter(stage.name)
             method.train()
-            optimizers = {phase: torch.optim.SGD(method.trainable(phase), 0.01, 0.9, weight_decay=1e-4, foreach=True)
-                          for phase in stage.phases}
-            for optimizer in optimizers.values():
+            each = optimizers(method, stage, s)
+            for optimizer in each.values():
                 memory_plan.momentum(optimizer)
-            found.append(memory_plan.step(method, Clock(torch.tensor(99), 100, stage.name), optimizers, s, tracker))
+            found.append(memory_plan.step(method, Clock(torch.tensor(99), 100, stage.name), each, s, tracker))
     planned, taken = found
     assert planned.keys() == taken.keys()
     for kind in (WEIGHTS, TEACHER, "momentum", "batch"):

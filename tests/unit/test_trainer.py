@@ -18,7 +18,7 @@ from ssl4mis.batch import Losses
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
 from ssl4mis.loading import Loader
-from ssl4mis.method import Method, Stage, Task
+from ssl4mis.method import Adam, Method, Phase, Stage, Task, through
 from ssl4mis.schedules import learning_rate
 from ssl4mis.trainer import Trainer, TrainingStopped, plan
 
@@ -267,7 +267,7 @@ class Game(Ramp):
         self.critic = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
     def stages(self):
-        return Stage("alone", 0.5), Stage("game", 0.5, ("segment", "criticize"))
+        return Stage("alone", 0.5), Stage("game", 0.5, (Phase("segment"), Phase("criticize")))
 
     def trainable(self, phase):
         return [self.critic] if phase == "criticize" else [self.weight]
@@ -300,6 +300,36 @@ def test_a_phase_leaves_no_gradient_to_the_next(tmp_path):
     method = Game()
     make(tmp_path, method, iterations=4).fit()
     assert [float(w[1]) for *_, w in method.trace] == [0.0, 0.0, -1.0, -2.0]
+
+
+def test_a_phase_may_have_adam_and_a_schedule_of_its_own(tmp_path):
+    """Adam's first steps are as long as its rate, whatever the gradient."""
+
+    class Critic(Game):
+        def stages(self):
+            return (Stage("game", 1, (Phase("segment"), Phase("criticize", Adam(0.25), "constant")), "poly"),)
+
+        def forward(self, batch, clock):
+            losses = super().forward(batch, clock)
+            return Losses({"critic": 7 * self.critic.sum()}) if clock.phase == "criticize" else losses
+
+    method = Critic()
+    run = make(tmp_path, method, iterations=4)
+    run.fit()
+    assert [type(run.optimizers[name].optimizer) for name in ("segment", "criticize")] == [torch.optim.SGD,
+                                                                                           torch.optim.Adam]
+    assert [float(w[1]) for *_, w in method.trace] == pytest.approx([-0.25, -0.5, -0.75, -1.0], abs=1e-6)
+    rates = [run.optimizers[name].param_groups[0]["lr"] for name in ("segment", "criticize")]
+    assert rates == [learning_rate("poly", run.spec.learning_rate, 3, 4), 0.25]
+
+
+def test_what_goes_through_a_network_does_not_reach_its_weights():
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), torch.randn(2, 1, 8, 8, requires_grad=True)
+    through(net, x).square().sum().backward()
+    assert x.grad.abs().max() > 0 and all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert net[1].running_mean.abs().max() > 0, "statistics of batch norm are still gathered"
+    net.eval(), x.grad.zero_()
+    assert torch.equal(through(net, x), net(x))
 
 
 @pytest.mark.parametrize("stop, entered, later", [
