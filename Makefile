@@ -26,9 +26,10 @@ test-long: $(STAMP) ## run the tests that take minutes: crashes at many moments,
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check .
 
-leaderboard: $(STAMP) ## rebuild leaderboard and method cards from the committed records
+leaderboard: $(STAMP) ## rebuild leaderboard, method cards and reading list from the committed records and lists
 	$(PY) benchmarks/leaderboard.py
 	$(PY) benchmarks/methods.py
+	$(PY) benchmarks/literature.py
 
 speed: $(STAMP) ## time this suite against the peers' way and write docs/speed.md (SPEED_ARGS are passed on)
 	$(PY) benchmarks/speed/all.py $(SPEED_ARGS)

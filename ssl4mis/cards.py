@@ -9,7 +9,8 @@ import re
 import sys
 import typing
 from collections import Counter
-from inspect import cleandoc, getmodule
+from functools import lru_cache
+from inspect import getmodule
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from docstring_parser import DocstringStyle, ParseError, parse
 import data_prep
 import networks
 from networks.base import NetSpec, SegNet
-from ssl4mis import leaderboard, registry
+from ssl4mis import docstring, leaderboard, registry
 from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
@@ -27,13 +28,19 @@ from ssl4mis.method import Preset, Stage, Task
 from ssl4mis.passes import count_samples, segnets
 
 DATASET, PROTOCOL = "LA", "paper"  # whose recipe is built and measured
+LABELED = 16  # whose scores are in the overview
 SIDE, WIDTH, TOTAL = 32, 2, 1000  # voxels, channels and steps of the measurement
-LABELS = ("Paper", "Code", "Differs from the code")
 MORE = r"[;:,(]| read in "  # where the short name of a source ends
 INTRODUCTION = """# Methods
 
 Generated from the code, the published numbers and the run records by `python benchmarks/methods.py`: do not edit.
 `python benchmarks/run.py --describe NAME` prints one card, also of a method that lives elsewhere.
+"""
+OVERVIEW = f"""\
+As built for {DATASET}. Passes are samples that go through a network and a decoder per sample of the batch, in a step of
+the last stage: with a gradient + without one. Scores are mean Dice in %, the smallest and the largest; published ones
+are those of papers and of their re-runs by others, with splits and checkpoints of their own, so ours stand beside them
+and not in one ranking.
 """
 COMPARABLE = """\
 Comparable only where protocol and selection agree: ours are means over runs of the last weights, ± the standard
@@ -43,38 +50,13 @@ masks, and where ours follows them, it is said where it stands in their range. S
 """
 
 
-class Text(typing.NamedTuple):
-    """The parts of a method file's docstring; those that it lacks are empty."""
-
-    title: str
-    idea: str
-    paper: str
-    code: str
-    differs: tuple[str, ...]
-
-
-def read_docstring(docstring: str | None) -> Text:
-    """The parts of a docstring in the shape of `methods/ua_mt.py`."""
-    title, _, rest = cleandoc(docstring or "").partition("\n")
-    idea, *labeled = re.split(rf"^({'|'.join(LABELS)}):", rest, flags=re.M)
-    found = dict.fromkeys(LABELS, "") | dict(zip(labeled[::2], labeled[1::2], strict=True))
-    paper, code, differs = found.values()
-    items = map(flat, re.split(r"^- ", differs.lstrip(), flags=re.M))
-    return Text(title, flat(idea), flat(paper), flat(code), tuple(filter(None, items)))
-
-
-def flat(text: str) -> str:
-    """The text in one line."""
-    return " ".join(text.split())
-
-
 def meanings(config: type) -> dict[str, str]:
     """What a `Config`'s docstring says of each hyper-parameter."""
     try:
         documented = parse(config.__doc__ or "", DocstringStyle.GOOGLE).params
     except ParseError:
         return {}
-    return {name: flat(p.description or "") for p in documented for name in re.split(r", *", p.arg_name)}
+    return {name: docstring.flat(p.description or "") for p in documented for name in re.split(r", *", p.arg_name)}
 
 
 def type_text(kind) -> str:
@@ -151,7 +133,7 @@ def card(name: str, table=()) -> str:
     """The card of a method as Markdown, with its rows of a leaderboard table; UserError for an unknown name."""
     name = registry.canonical(name)
     cls = registry.method_class(name)
-    text = read_docstring(getmodule(cls).__doc__ or cls.__doc__)
+    text = docstring.read(getmodule(cls).__doc__ or cls.__doc__)
     parts = [f"## {name}\n", f"{text.title}\n", f"{text.idea}\n", facts(text, cls.needs)]
     parts += section("Hyper-parameters", hyper_parameters(cls.Config))
     parts += section("Presets", presets(cls))
@@ -162,10 +144,53 @@ def card(name: str, table=()) -> str:
 
 
 def document(table=()) -> str:
-    """All methods of this package: a list of links and the cards."""
+    """All methods of this package: a table, with what is on top of their networks, and the cards."""
     names = [name for name in registry.names() if (registry.FOLDER / f"{name}.py").is_file()]
-    links = "".join(f"- [{name}](#{name}): {registry.title(name)}\n" for name in names)
-    return "\n".join([INTRODUCTION, links, *(card(name, table) for name in names)])
+    rows, texts = [], []
+    for name in names:
+        rows.append([f"[{name}](#{name})", *summary(name), *dice_range(name, table)])
+        texts.append(card(name, table))
+    title, header = f"{DATASET}, {LABELED} labeled", ["method", "family", "networks", "passes", "heads and more"]
+    overview = markdown_table([*header, f"published ({title})", f"ours ({title})"], rows)
+    return "\n".join([INTRODUCTION, OVERVIEW, overview, *texts])
+
+
+def summary(name: str) -> list[str]:
+    """Family, networks, samples that pass with and without gradient in a step, and other heads and modules."""
+    cls = registry.method_class(name)
+    method, (measured, _) = build(cls)
+    nets, batch = segnets(method), sum(batch_sizes(cls))
+    kinds = Counter((type(net.backbone).__name__, any(p.requires_grad for p in net.parameters()))
+                    for net in nets.values())
+    passed = {gradient: sum(n for (_, part, g), n in last(measured).items() if part == "decoded" and g == gradient)
+              for gradient in (True, False)}
+    more = [f"{head} {size}" for net in nets.values() for head, size in head_sizes(net) if head != "seg"]
+    if others := outside(method):
+        more.append(f"{millions(others)[0]} M outside of the networks")
+    family = docstring.read(getmodule(cls).__doc__).family
+    return [family, ", ".join(f"{n} {kind}" + " (average)" * (not trained) for (kind, trained), n in kinds.items()),
+            f"{passed[True] / batch:.3g} + {passed[False] / batch:.3g}", ", ".join(dict.fromkeys(more))]
+
+
+def last(measured: dict):
+    """The samples of the last stage, which has the most of a run."""
+    return list(measured.values())[-1]
+
+
+def dice_range(name: str, table) -> list[str]:
+    """The smallest and the largest mean Dice that is published, and that we measured, with the number of runs."""
+    rows = [row for row in table if (row["method"], row["dataset"], row["labeled"]) == (name, DATASET, str(LABELED))
+            and row["Dice"] and not row["control"]]
+    cells = []
+    for ours in (False, True):
+        found = [row for row in rows if (row["source"] == "measured") == ours]
+        values = [float(row["Dice"]) for row in found]
+        text = "–".join(f"{value:.2f}" for value in dict.fromkeys((min(values), max(values)))) if values else ""
+        if ours and found:
+            runs = sum(int(row["runs"]) for row in found)
+            text += f" ({', '.join(sorted({row['protocol'] for row in found}))}; {runs} run{'s' * (runs > 1)})"
+        cells.append(text)
+    return cells
 
 
 def section(title: str, body: str) -> list[str]:
@@ -173,7 +198,7 @@ def section(title: str, body: str) -> list[str]:
     return [f"### {title}\n", body] if body else []
 
 
-def facts(text: Text, needs) -> str:
+def facts(text: docstring.Text, needs) -> str:
     """Paper, code and what the loader must provide, a line each."""
     paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", text.paper)
     code = re.sub(r"^[\w.-]+/[\w.-]+\w", r"[\g<0>](https://github.com/\g<0>)", text.code)
@@ -209,14 +234,11 @@ def settings(values: dict) -> str:
 def cost(cls: type) -> str:
     """Networks at full size, stages, and the samples that pass through each network in a step."""
     protocol = data_prep.dataset(DATASET).protocols[PROTOCOL]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        method, (measured, predicting) = make(cls, protocol.width, protocol.patch), measure(cls)
+    method, (measured, predicting) = build(cls)
     nets = segnets(method)
     rows = [[f"`{name}`", type(net.backbone).__name__, heads(net), *millions(net.parameters())]
             for name, net in nets.items()]
-    inside = {parameter for net in nets.values() for parameter in net.parameters()}
-    if others := [parameter for parameter in method.parameters() if parameter not in inside]:
+    if others := outside(method):
         rows.append(["outside of them", "", "", *millions(others)])
     steps = [[f"`{stage}`", f"`{name}`", *(samples(counts, name, gradient) for gradient in (True, False))]
              for stage, counts in measured.items() for name in nets if any(key[0] == name for key in counts)]
@@ -232,10 +254,30 @@ def cost(cls: type) -> str:
     ])
 
 
+@lru_cache(1)  # full-size networks: one method after another
+def build(cls: type):
+    """A method at full size, without content, and what `measure` finds."""
+    protocol = data_prep.dataset(DATASET).protocols[PROTOCOL]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(cls, protocol.width, protocol.patch), measure(cls)
+
+
+def outside(method) -> list:
+    """The parameters that are in none of a method's networks."""
+    inside = {parameter for net in segnets(method).values() for parameter in net.parameters()}
+    return [parameter for parameter in method.parameters() if parameter not in inside]
+
+
 def heads(net: SegNet) -> str:
     """Names, channels and decoder levels of a network's heads."""
-    return ", ".join(f"{name} {head.conv.out_channels}" + (f" (level {head.level})" if head.level else "")
-                     for name, head in net.heads.items())
+    return ", ".join(f"{name} {size}" for name, size in head_sizes(net))
+
+
+def head_sizes(net: SegNet) -> list[tuple[str, str]]:
+    """Name, and channels with the decoder level, of each head."""
+    return [(name, f"{head.conv.out_channels}" + (f" (level {head.level})" if head.level else ""))
+            for name, head in net.heads.items()]
 
 
 def millions(parameters) -> list[str]:

@@ -172,9 +172,9 @@ def _described(spec: RunSpec) -> dict:
 
 def _method(name: str) -> dict:
     """Title and paper of a method, from its docstring."""
-    from ssl4mis.cards import read_docstring
+    from ssl4mis import docstring
 
-    text = read_docstring(inspect.getdoc(inspect.getmodule(registry.method_class(name))))
+    text = docstring.read(inspect.getdoc(inspect.getmodule(registry.method_class(name))))
     return {"title": text.title, "paper": text.paper}
 
 

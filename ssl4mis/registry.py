@@ -2,7 +2,6 @@
 
 Wheels of third parties add names through the entry-point group `ssl4mis.methods`.
 """
-import ast
 import pkgutil
 from difflib import get_close_matches
 from functools import cache
@@ -10,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from ssl4mis import docstring
 from ssl4mis.errors import UserError
 
 ALIASES = {"mt": "mean_teacher"}
@@ -70,5 +70,4 @@ def method_class(name: str) -> type:
 def title(name: str, folder: Path | None = None) -> str:
     """First line of the docstring of a method, or of a module in another folder, read without importing it."""
     path = (folder or FOLDER) / f"{name}.py"
-    text = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
-    return (text or "").partition("\n")[0]
+    return docstring.of_file(path).title if path.exists() else ""

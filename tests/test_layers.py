@@ -18,8 +18,8 @@ TORCH = ("torch", "torchvision", "torchmetrics", "monai", "safetensors.torch", *
 LAYERS = (
     ("networks", "data_prep"),
     tuple(f"ssl4mis.{m}" for m in
-          "errors method batch losses schedules ops augment inference distance correlation metrics optional surface "
-          "optimizers edt components kernels calibration".split()),
+          "errors docstring method batch losses schedules ops augment inference distance correlation metrics optional "
+          "surface optimizers edt components kernels calibration".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
     ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict", "ssl4mis.reproduce"),
@@ -28,8 +28,9 @@ LAYERS = (
 
 # Tables and reports are rebuilt from records, and suites are listed, on machines without torch.
 TORCH_FREE = tuple(f"ssl4mis/{m}.py" for m in
-                   "records peeks selection statistics analysis leaderboard plots pictures report suites".split())
-TORCH_FREE += ("benchmarks/leaderboard.py", "benchmarks/report.py")
+                   "records peeks selection statistics analysis leaderboard plots pictures report suites docstring "
+                   "literature".split())
+TORCH_FREE += ("benchmarks/leaderboard.py", "benchmarks/report.py", "benchmarks/literature.py")
 
 
 class Rule(NamedTuple):

@@ -3,6 +3,7 @@
 A box of an unlabeled image is pasted into a labeled one and the reverse, so that both kinds of images share contexts.
 The student learns the mixed images, from labels and from the largest components of what a teacher predicts.
 
+Family: mixing.
 Paper: Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation, arXiv 2305.00673.
 Code: DeepMed-Lab-ECNU/BCP, LA_BCP_train.py, ACDC_BCP_train.py and pancreas/train_pancreas.py.
 Differs from the code:

@@ -4,6 +4,7 @@ Confident predictions on weak views teach strong views, as in FixMatch, over a t
 confidence. A second head learns how positions correlate: along that, logits spread as one more prediction, and whole
 regions join the pseudo-labels.
 
+Family: pseudo-label.
 Paper: Label Propagation via Correlation Matching for Semi-Supervised Semantic Segmentation, arXiv 2306.04300.
 Code: BBBBchan/CorrMatch, corrmatch.py (2D, non-commercial; nothing here is taken from it).
 Differs from the code:

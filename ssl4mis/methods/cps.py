@@ -3,6 +3,7 @@
 Two networks of the same kind start from different weights and see the same images. On unlabeled images each learns the
 hard labels that the other one predicts.
 
+Family: co-training.
 Paper: Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision, arXiv 2106.01226.
 Code: HiLab-git/SSL4MIS, train_cross_pseudo_supervision_3D.py.
 Differs from the code:

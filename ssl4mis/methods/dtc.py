@@ -3,6 +3,7 @@
 One network predicts the segmentation and the signed distance to its boundary. A steep step turns the distance into a
 soft mask, and the two masks must agree on labeled and unlabeled images.
 
+Family: dual task.
 Paper: Semi-supervised Medical Image Segmentation through Dual-task Consistency, arXiv 2009.04448.
 Code: HiLab-git/DTC, train_la_dtc.py.
 Differs from the code:

@@ -3,6 +3,7 @@
 Two different networks review the labeled voxels on which they differ. On unlabeled images the one that is better on the
 labeled half of the batch teaches the other with sharpened probabilities.
 
+Family: co-training.
 Paper: Mutual Correction Framework for Semi-Supervised Medical Image Segmentation, CVPR 2023.
 Code: WYC-321/MCF, train_MCF.py.
 Differs from the code:

@@ -3,6 +3,7 @@
 The student must agree with a moving average of itself on unlabeled images under small noise. The average changes
 slowly, so that its predictions are steadier targets than the student's own.
 
+Family: consistency.
 Paper: Mean teachers are better role models, arXiv 1703.01780.
 Code: HiLab-git/SSL4MIS, train_mean_teacher_3D.py.
 Differs from the code:

@@ -3,6 +3,7 @@
 It is the bound that every method must beat. Its batches are the labeled half of the semi-supervised runs';
 `--labeled_batch 4` matches their whole batch instead.
 
+Family: supervised.
 Code: yulequan/UA-MT and HiLab-git/SSL4MIS, which differ in the batch.
 Differs from the code:
 - as many labeled samples a step as the semi-supervised runs have, where UA-MT's script takes four.

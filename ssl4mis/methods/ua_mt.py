@@ -3,6 +3,7 @@
 Mean Teacher where the teacher is certain: voxels count whose entropy over several noisy passes lies under a threshold.
 The threshold loosens along the run.
 
+Family: consistency.
 Paper: Uncertainty-aware Self-ensembling Model for Semi-supervised 3D Left Atrium Segmentation, arXiv 1907.07034.
 Code: yulequan/UA-MT, train_LA_meanteacher_certainty_unlabel.py.
 Differs from the code:

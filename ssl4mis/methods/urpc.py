@@ -3,6 +3,7 @@
 One network predicts at several decoder levels, and on unlabeled images every level must agree with the mean of all. The
 divergence from the mean says how uncertain a voxel is: it lowers the voxel's weight and is itself minimized.
 
+Family: consistency.
 Paper: Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via Uncertainty Rectified
 Pyramid Consistency, arXiv 2012.07042.
 Code: HiLab-git/SSL4MIS, train_uncertainty_rectified_pyramid_consistency_3D.py.

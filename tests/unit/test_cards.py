@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl4mis import cards, leaderboard, registry
+from ssl4mis import cards, docstring, leaderboard, registry
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.method import Method, Needs, Phase, Preset, Stage, Teacher
@@ -23,6 +23,7 @@ DOCSTRING = """Short: a longer name (Someone, Journal 2020).
 First sentence of an
 idea. Second one.
 
+Family: dual task.
 Paper: A title that goes
 on, arXiv 2001.01234.
 Code: some-one/the.repo, train.py.
@@ -104,24 +105,24 @@ class Mixed(Method):
 
 
 def test_the_parts_of_a_docstring():
-    assert cards.read_docstring(DOCSTRING) == cards.Text(
-        "Short: a longer name (Someone, Journal 2020).", "First sentence of an idea. Second one.",
+    assert docstring.read(DOCSTRING) == docstring.Text(
+        "Short: a longer name (Someone, Journal 2020).", "First sentence of an idea. Second one.", "dual task",
         "A title that goes on, arXiv 2001.01234.", "some-one/the.repo, train.py.",
         ("one thing, which takes two lines;", "another (`compat` legacy)."))
 
 
-@pytest.mark.parametrize(("docstring", "expected"), [
-    (None, ("", "", "", "", ())),
-    ("Only a title.", ("Only a title.", "", "", "", ())),
-    ("Title.\n\nIdea.\n\nCode: x/y.", ("Title.", "Idea.", "", "x/y.", ())),
-    ("Title.\n\nPaper: P.\nDiffers from the code: nothing.", ("Title.", "", "P.", "", ("nothing.",))),
+@pytest.mark.parametrize(("text", "expected"), [
+    (None, ("", "", "", "", "", ())),
+    ("Only a title.", ("Only a title.", "", "", "", "", ())),
+    ("Title.\n\nIdea.\n\nCode: x/y.", ("Title.", "Idea.", "", "", "x/y.", ())),
+    ("Title.\n\nPaper: P.\nDiffers from the code: nothing.", ("Title.", "", "", "P.", "", ("nothing.",))),
 ])
-def test_a_docstring_may_lack_sections(docstring, expected):
-    assert tuple(cards.read_docstring(docstring)) == expected
+def test_a_docstring_may_lack_sections(text, expected):
+    assert tuple(docstring.read(text)) == expected
 
 
 def test_links_and_needs():
-    text = cards.read_docstring(DOCSTRING)
+    text = docstring.read(DOCSTRING)
     assert cards.facts(text, Mixed.needs).splitlines() == [
         "- Paper: A title that goes on, [arXiv 2001.01234](https://arxiv.org/abs/2001.01234).",
         "- Code: [some-one/the.repo](https://github.com/some-one/the.repo), train.py.",
@@ -290,6 +291,7 @@ def test_another_spelling_is_the_same_card():
 
 def says_what_it_is(text, baseline=False):
     cited = re.search(r"\([^()]+ (19|20)\d\d\b[^()]*\)", text.title) and text.paper
+    assert text.family in docstring.FAMILIES, f"no line 'Family: ' with one of {docstring.FAMILIES}"
     assert baseline or cited, "no paper: the title names authors and year, and a line 'Paper: ' the paper"
     assert text.code, "no line 'Code: '"
     assert 1 <= len(re.findall(r"[.!?](?= [A-Z`]|$)", text.idea)) <= 3, "the idea takes one to three sentences"
@@ -299,7 +301,7 @@ def says_what_it_is(text, baseline=False):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_says_what_it_is(name):
     cls = registry.method_class(name)
-    says_what_it_is(cards.read_docstring(sys.modules[cls.__module__].__doc__), not cls.needs.unlabeled)
+    says_what_it_is(docstring.read(sys.modules[cls.__module__].__doc__), not cls.needs.unlabeled)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,14 +312,15 @@ def test_every_hyper_parameter_has_a_meaning(name):
 
 
 @pytest.mark.parametrize("change", [
-    ("(Someone, Journal 2020)", ""), ("Paper:", "By:"), ("Code:", "From:"), ("Second one.", "Second. Third. Fourth."),
+    ("(Someone, Journal 2020)", ""), ("Paper:", "By:"), ("dual task", "unknown"), ("Code:", "From:"),
+    ("Second one.", "Second. Third. Fourth."),
     ("- one thing, which\ntakes two lines;\n- another (`compat` legacy).", ""),
 ])
 def test_a_poor_docstring_is_caught(change):
     assert change[0] in DOCSTRING
-    says_what_it_is(cards.read_docstring(DOCSTRING))
+    says_what_it_is(docstring.read(DOCSTRING))
     with pytest.raises(AssertionError):
-        says_what_it_is(cards.read_docstring(DOCSTRING.replace(*change)))
+        says_what_it_is(docstring.read(DOCSTRING.replace(*change)))
 
 
 # --- docs/methods.md -------------------------------------------------------------------------------------------------
