@@ -13,14 +13,11 @@ import run  # noqa: E402
 
 OWN = ("vnet", "unet", "nnunet")
 WORLDS = ("phantom-2d2c", "phantom-2d4c", "phantom-3d2c", "phantom-3d4c")
-METHODS = ("supervised", "mt", "ua_mt", "dtc", "urpc", "cps", "bcp", "mcf", "corrmatch")
-# Every method sees every world and every network, every network sees every world.
-RUNS = [(method, world, OWN[(row + column) % len(OWN)])
-        for (row, method), (column, world) in itertools.product(enumerate(METHODS), enumerate(WORLDS))]
-
-
-def test_no_method_is_left_out():
-    assert {registry.canonical(name) for name in METHODS} == set(registry.names())
+# Every method sees every world and every network, every network sees every world. Half of the runs are left for later:
+# each method keeps one in 2D and one in 3D, of which one with 2 and one with 4 classes.
+RUNS = [pytest.param(method, world, OWN[(row + column) % len(OWN)], marks=[] if column in (row % 2, 3 - row % 2)
+                     else pytest.mark.long)
+        for (row, method), (column, world) in itertools.product(enumerate(registry.names()), enumerate(WORLDS))]
 
 
 @pytest.mark.slow
