@@ -42,12 +42,18 @@ def sliding_window(predict, image: Tensor, patch, stride, batch: int | None = No
         patch, stride: voxels per axis.
         batch: windows per call, 4 on CUDA and else 1 without a number; it does not change the result.
     """
+    return _where_there_is_room(lambda batch, home: _mean_of_windows(predict, image, patch, stride, batch, home),
+                                batch or (4 if image.is_cuda else 1), image.device)
+
+
+def _where_there_is_room(compute, batch: int, device: torch.device) -> Tensor:
+    """`compute(batch, device)`, or one sample at a time with the result on the CPU where the device is too small."""
     try:
-        return _mean_of_windows(predict, image, patch, stride, batch or (4 if image.is_cuda else 1), image.device)
+        return compute(batch, device)
     except torch.OutOfMemoryError:
         pass  # what failed is freed once the exception is gone
     torch.cuda.empty_cache()
-    return _mean_of_windows(predict, image, patch, stride, 1, torch.device("cpu"))
+    return compute(1, torch.device("cpu"))
 
 
 def _mean_of_windows(predict, image: Tensor, patch, stride, batch: int, home: torch.device) -> Tensor:
@@ -77,9 +83,14 @@ def _mean_of_windows(predict, image: Tensor, patch, stride, batch: int, home: to
 def by_planes(predict, image: Tensor, patch, batch: int = 16) -> Tensor:
     """Image (C, x, y, planes) -> class probabilities (K, x, y, planes) float32, on the image's device.
 
+    Where a CUDA device is too small the planes go one by one and what is found is kept, and returned, on the CPU.
+
     Args:
         predict: (B, C, *patch) -> (B, K, *patch) probabilities.
         patch: voxels per axis. batch: planes per call; it does not change the result, but for rounding in `predict`.
     """
-    found = [predict(resize(planes, patch)).float() for planes in image.movedim(-1, 0).split(batch)]
-    return resize(torch.cat(found), image.shape[1:3]).movedim(0, -1).contiguous()
+    def compute(batch: int, home: torch.device) -> Tensor:
+        found = [predict(resize(planes, patch)).to(home, torch.float32) for planes in image.movedim(-1, 0).split(batch)]
+        return resize(torch.cat(found), image.shape[1:3]).movedim(0, -1).contiguous()
+
+    return _where_there_is_room(compute, batch, image.device)

@@ -172,3 +172,16 @@ def test_the_batch_size_does_not_matter_for_planes(batch):
 
     assert torch.equal(by_planes(predict, image, (16, 24), batch), by_planes(lines, image, (16, 24)))
     assert sum(calls) == 7 and max(calls) == min(batch, 7)
+
+
+def test_a_device_that_is_too_small_gets_one_plane_at_a_time():
+    image, sizes = torch.randn(2, 20, 19, 5, generator=torch.Generator().manual_seed(2)), []
+
+    def small(planes):
+        sizes.append(len(planes))
+        if len(planes) > 1:
+            raise torch.OutOfMemoryError
+        return lines(planes)
+
+    assert torch.equal(by_planes(small, image, (16, 24), 3), by_planes(lines, image, (16, 24)))
+    assert sizes == [3] + [1] * 5
