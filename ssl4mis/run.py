@@ -107,6 +107,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
             say(controls.describe(spec.control))
         if method.needs.unlabeled and not spec.unlabeled_batch:
             say(f"no unlabeled samples: {spec.method} trains with its supervised terms alone")
+        spent = costs(method, spec, options, dataset, protocol)  # before training: sizes that cannot work are refused
         loader = Loader(scans, split.labeled(spec.labeled), unlabeled, spec.patch,
                         (spec.labeled_batch, spec.unlabeled_batch), spec.seed, spec.augmentation, device,
                         getattr(torch, spec.storage), method.needs, protocol.slices)
@@ -126,7 +127,7 @@ def run(spec: RunSpec, options: RunOptions, say=print) -> Path:
             "cases": found.cases, "calibration": found.calibration, "timing": timing,
             "memory": {"peak_mib": peak_mib(device)}, "code": code, "curve": trained["curve"],
             "weights_sha256": checkpoint.fingerprint(method.state_dict()),
-            "costs": costs(method, spec, options, dataset, protocol),
+            "costs": spent,
         }
         record["environment"] |= {"compile": options.compile, "checkpointing": options.checkpointing,
                                   "processes": ranks.count()}
@@ -322,11 +323,19 @@ def write_prediction(folder: Path, case: str, predicted: np.ndarray, spacing) ->
 
 
 def costs(method: Method, spec: RunSpec, options: RunOptions, dataset, protocol) -> dict:
-    """Trainable parameters, and samples through networks per step; None where a step decides by its values."""
+    """Trainable parameters, and samples through networks per step; None where a step decides by its values.
+
+    UserError where the step cannot take samples of this size, such as a batch norm of a single voxel.
+    """
     found = dict.fromkeys(records.PASSES)
-    with suppress(UserError):
+    try:
         counted = passes.per_step(lambda: new_method(spec, options, dataset, protocol), spec)
         found = dict(zip(records.PASSES, counted, strict=True))
+    except UserError:
+        pass
+    except ValueError as error:
+        raise UserError(f"patch {spec.patch}, batch {spec.labeled_batch}+{spec.unlabeled_batch}: {spec.method} on "
+                        f"{spec.network} cannot take it ({' '.join(str(error).split())}); expected more") from None
     return {"parameters": parameter_count(method)} | found
 
 

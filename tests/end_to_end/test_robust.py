@@ -19,6 +19,9 @@ RUN = ("--method", "mean_teacher", "--dataset", "phantom-2d2c", "--labeled", "2"
        "--keep_every", "2")  # fmt: skip
 
 
+COSTS = run.costs
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Counting passes takes as long as such a run."""
@@ -118,6 +121,18 @@ def test_a_file_in_place_of_a_folder_is_seen_before_training(go, tmp_path, taken
     status, said = go()
     assert status == 2 and len(said) == 1 and taken in said[0] and "cannot be written" in said[0]
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_patch_of_which_a_batch_norm_sees_one_voxel_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "costs", COSTS)
+    words = ["--method", "bcp", "--dataset", "phantom-2d2c", "--labeled", "2", "--patch", "[16,16]",
+             "--stride", "[16,16]", "--labeled_batch", "2", "--unlabeled_batch", "2", "--device", "cpu",
+             "--out", str(tmp_path)]
+    (spec,), options = config.parse(words)  # half of the labeled samples go through the network at a time
+    assert run.exit_status(lambda: run.run(spec, options)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "patch [16, 16], batch 2+2: bcp on vnet cannot take it" in last and "more than 1 value" in last
+    assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("events.jsonl"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
