@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import networks
+from networks import swin_unetr
 from networks.base import Head, NetSpec, channels_last
 from ssl4mis import registry
 from ssl4mis.batch import Batch, Clock
@@ -131,6 +132,15 @@ def pytest_generate_tests(metafunc):
             except UserError as error:
                 raise pytest.UsageError(str(error)) from None
         metafunc.parametrize("method_name", names)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    """Attention among 27 places and not 343: what a network owes does not depend on it, and it takes most of the time.
+
+    tests/unit builds these networks as they are.
+    """
+    monkeypatch.setattr(swin_unetr, "WINDOW", 3)
 
 
 @pytest.fixture
