@@ -34,12 +34,12 @@ def save(folder: Path, state: dict) -> None:
         raise not_written(latest, error) from None
 
 
-def keep(folder: Path, done: int, weights: dict) -> None:
-    """Write the weights after `done` iterations to stay, as `read` reads them; UserError as of `save`."""
+def keep(folder: Path, done: int, run: str, weights: dict) -> None:
+    """Write the weights of a run, by its id, after `done` iterations to stay; UserError as of `save`."""
     path = folder / KEPT / f"{done:06d}.ckpt"
     try:
         path.parent.mkdir(exist_ok=True)
-        os.replace(_write_partial(path, weights), path)
+        os.replace(_write_partial(path, {"run": run, "weights": weights}), path)
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -48,6 +48,16 @@ def kept(folder: Path) -> dict[int, Path]:
     """Files that `keep` has written for a run, by the number of iterations, in order."""
     paths = [path for path in (folder / KEPT).glob("*.ckpt") if path.stem.isdecimal()]
     return {int(path.stem): path for path in sorted(paths)}
+
+
+def read_kept(path: Path, run: str) -> dict:
+    """Weights that `keep` has written for a run; UserError where they are damaged, or of another run."""
+    found = read(path)
+    if set(found) != {"run", "weights"}:
+        raise UserError(f"{path}: holds {', '.join(map(str, found))[:100]}, expected the weights of a run")
+    if found["run"] != run:
+        raise UserError(f"{path}: weights of run {found['run']}, expected those of {run}")
+    return found["weights"]
 
 
 def fingerprint(weights: dict) -> str:

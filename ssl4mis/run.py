@@ -249,7 +249,7 @@ def peek_test(spec: RunSpec, options: RunOptions, say=print) -> Path:
             rows = read_scored(scored)
             if rows is None:
                 say(f"scoring the weights of iteration {done} on {len(split.test)} test cases")
-                load_kept(method, file)
+                load_kept(method, file, spec.id)
                 rows = evaluate(method, store, split.test, dataset.targets(protocol), spec.patch, spec.stride, device,
                                 paced(say, "scored", len(split.test)), protocol.slices, spec.evaluation_precision).cases
                 records.write_text(scored, json.dumps({"cases": records.plain(rows)}))
@@ -270,10 +270,10 @@ def read_scored(path: Path) -> list[dict] | None:
     return rows
 
 
-def load_kept(method: Method, path: Path) -> None:
-    """Give a method the weights of a file; UserError saying what to do where they are damaged or of another network."""
+def load_kept(method: Method, path: Path, run: str) -> None:
+    """Give a method the weights that a run kept; UserError saying what to do where they are damaged or others."""
     try:
-        method.load_state_dict(checkpoint.read(path))
+        method.load_state_dict(checkpoint.read_kept(path, run))
     except (UserError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] if isinstance(error, UserError) else f"{path}: of another network"
         raise UserError(f"{reason}; remove it, and the same command scores the others") from None

@@ -106,7 +106,7 @@ class Trainer:
             if self.done == first + 10:
                 self._estimate((time.monotonic() - started) / (self.done - since))
             if keep and self.first:
-                checkpoint.keep(self.folder, self.done, self.method.state_dict())
+                checkpoint.keep(self.folder, self.done, self.spec.id, self.method.state_dict())
             if save:
                 spent = time.monotonic() - started
                 self.seconds, started, since = self.seconds + spent, started + spent, self.done

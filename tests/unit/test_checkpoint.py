@@ -216,7 +216,8 @@ def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(folder, mon
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, name, refuse)
-    for write in (lambda: checkpoint.save(folder, state(3)), lambda: checkpoint.keep(folder, 3, state(3)["method"])):
+    for write in (lambda: checkpoint.save(folder, state(3)),
+                  lambda: checkpoint.keep(folder, 3, "a", state(3)["method"])):
         with pytest.raises(UserError, match=rf"ckpt: cannot be written \({os.strerror(number)}\), expected") as error:
             write()
         assert "\n" not in str(error.value)
@@ -250,15 +251,19 @@ def test_drop_previous(folder):
 
 def test_kept_weights_stay_and_are_found_in_order(folder):
     for done in (1000, 20, 300):
-        checkpoint.keep(folder, done, state(done)["method"])
+        checkpoint.keep(folder, done, "a run", state(done)["method"])
     checkpoint.save(folder, state(3))
     checkpoint.drop_previous(folder)
     found = checkpoint.kept(folder)
     assert list(found) == [20, 300, 1000]
-    assert all(checkpoint.read(path)["weight"].eq(done).all() for done, path in found.items())
+    assert all(checkpoint.read_kept(path, "a run")["weight"].eq(done).all() for done, path in found.items())
+    with pytest.raises(UserError, match="000020.ckpt: weights of run a run, expected those of another"):
+        checkpoint.read_kept(found[20], "another")
+    with pytest.raises(UserError, match="latest.ckpt: holds .*expected the weights of a run"):
+        checkpoint.read_kept(folder / LATEST, "a run")
     cut(found[300])
     with pytest.raises(UserError, match="000300.ckpt: damaged"):
-        checkpoint.read(found[300])
+        checkpoint.read_kept(found[300], "a run")
 
 
 def test_no_weights_kept(tmp_path):

@@ -104,7 +104,7 @@ def test_checkpoints_run_nothing(pack, tmp_path):
     (tmp_path / checkpoint.KEPT).mkdir()
     (tmp_path / checkpoint.KEPT / "000002.ckpt").write_bytes(data)
     with pytest.raises(UserError, match="more than tensors and plain values"):
-        run.load_kept(torch.nn.Identity(), checkpoint.kept(tmp_path)[2])
+        run.load_kept(torch.nn.Identity(), checkpoint.kept(tmp_path)[2], "a run")
     assert not (tmp_path / "marker").exists()
 
 
