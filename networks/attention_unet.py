@@ -41,7 +41,7 @@ class AttentionUNet(Backbone):
             for level in range(LEVELS)))
         self.decoder = self.new_decoder()
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         channels = self.encoder_channels
         stages = (Stage(self.spatial_dims, channels[level], channels[level - 1]) for level in range(LEVELS - 1, 0, -1))
         return Decoder(self.spatial_dims, stages, self.drop_rates)

@@ -2,10 +2,12 @@
 
 A method asks for `SegNet`s with the heads it needs and reads `Output`; it never sees which backbone is inside.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from networks import ranks
@@ -28,6 +30,7 @@ class NetSpec:
         spacing: mm per axis; None where all axes are alike.
         dropout: rates of channel dropout after the decoder levels, fine to coarse, in place of all dropout that the
             network has of its own; () for no dropout, None for the network's own.
+        upsampling: how its decoder doubles sides, one of the backbone's `upsamplings`; None for the network's own.
     """
 
     channels: int
@@ -35,6 +38,7 @@ class NetSpec:
     width: int = 16
     spacing: tuple[float, ...] | None = None
     dropout: tuple[float, ...] | None = None
+    upsampling: str | None = None
 
     @property
     def dims(self) -> int:
@@ -71,6 +75,7 @@ class Backbone(nn.Module):
         multiple: per axis, what the sides of an input must be divisible by.
         head_bias: whether the 1x1 convolutions on top have a bias.
         checkpointed: what `checkpointing.recompute_stages` takes as stages; decoders have this attribute, too.
+        upsamplings: three ways in which its decoders can double sides, its own first; None where there is no choice.
     """
 
     spatial_dims: int
@@ -80,6 +85,7 @@ class Backbone(nn.Module):
     multiple: tuple[int, ...]
     head_bias: bool = True
     checkpointed: tuple[str, ...] = ("stages",)
+    upsamplings: tuple[str | None, ...] = (None, None, None)
 
     def describe_levels(self, spec: NetSpec, levels: int) -> None:
         """Set the attributes of a network that doubles channels and halves sides from each level to the next."""
@@ -105,8 +111,13 @@ class Backbone(nn.Module):
         """The module with the weights that this network begins with, torch's own by default; heads get them too."""
         return module
 
-    def new_decoder(self) -> nn.Module:
-        """Another decoder of the same shape with its own weights, for methods with several."""
+    def new_decoder(self, upsampling: str | None = None) -> nn.Module:
+        """Another decoder with its own weights, for methods with several.
+
+        It doubles sides like the network's own decoder unless `upsampling` is another of the `upsamplings`: transposed,
+        linear or nearest. Where there is no choice, since upsampling is part of a borrowed block or planned with the
+        encoder's strides, the decoder has the network's own whatever is asked for.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it decodes")
 
 
@@ -130,28 +141,19 @@ class Head(nn.Module):
         return out
 
 
-class SegNet(nn.Module):
-    """A backbone with named heads: image (B, C, *space) -> `Output`.
+Heads = dict[str, int | tuple[int, int]]  # name -> channels, or (channels, decoder level)
 
-    `heads` maps a name to its channels, or to (channels, decoder level).
-    """
 
-    def __init__(self, backbone: Backbone, heads: dict[str, int | tuple[int, int]]):
-        super().__init__()
-        self.backbone = backbone
-        sizes = {name: size if isinstance(size, tuple) else (size, 0) for name, size in heads.items()}
-        self.heads = nn.ModuleDict({name: Head(backbone, *size) for name, size in sizes.items()})
+def new_heads(backbone: Backbone, heads: Heads) -> nn.ModuleDict:
+    """Heads by name for the decoders of a backbone."""
+    sizes = {name: size if isinstance(size, tuple) else (size, 0) for name, size in heads.items()}
+    return nn.ModuleDict({name: Head(backbone, *size) for name, size in sizes.items()})
 
-    def forward(self, x: Tensor) -> Output:
-        return self.decode(self.encode(x))
 
-    def encode(self, x: Tensor) -> Sequence[Tensor]:
-        """Image -> encoder features, fine to coarse; PatchError if the backbone cannot take its size."""
-        check_patch(self.backbone, x.shape[2:])
-        if not ranks.active():
-            return self.backbone.encode(x)
-        with ranks.part(len(x), x.device):
-            return ranks.Shared(self.backbone.encode(ranks.share(x)), len(x))
+class Decoding(nn.Module):
+    """Base of what has `heads` on decoder features, which `maps` makes of encoder features."""
+
+    heads: nn.ModuleDict
 
     def decode(self, skips: Sequence[Tensor]) -> Output:
         """Encoder features, perturbed or not, -> `Output`."""
@@ -165,8 +167,78 @@ class SegNet(nn.Module):
                       Features(skips, ranks.Shared(features.decoder, skips.samples)))
 
     def _decode(self, skips):
-        features = Features(skips, self.backbone.decode(skips))
+        features = Features(skips, self.maps(skips))
         return Output({name: head(features) for name, head in self.heads.items()}, features)
+
+    def maps(self, skips: list[Tensor]) -> list[Tensor]:
+        """Encoder features -> decoder features, fine to coarse."""
+        raise TypeError(f"{type(self).__name__} does not say how it decodes")
+
+
+class Branch(Decoding):
+    """Another decoder with heads of its own on the encoder of a `SegNet`: its encoder features -> `Output`."""
+
+    def __init__(self, backbone: Backbone, heads: Heads, upsampling: str | None = None):
+        super().__init__()
+        self.decoder = backbone.new_decoder(upsampling)
+        self.heads = new_heads(backbone, heads)
+
+    def forward(self, skips: Sequence[Tensor]) -> Output:
+        return self.decode(skips)
+
+    def maps(self, skips: list[Tensor]) -> list[Tensor]:
+        return self.decoder(skips)
+
+
+class SegNet(Decoding):
+    """A backbone with named heads: image (B, C, *space) -> `Output`.
+
+    Methods with several decoders add `branches`, and `net.branches[0](net(image).features.encoder)` is the `Output` of
+    the first of them; `forward` leaves them out.
+    """
+
+    def __init__(self, backbone: Backbone, heads: Heads):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = new_heads(backbone, heads)
+        self.branches = nn.ModuleList()
+
+    def add_branch(self, upsampling: str | None = None, heads: Heads | None = None) -> None:
+        """Another decoder as of `Backbone.new_decoder`, by default with heads like those of the network."""
+        own = {name: (head.conv.out_channels, head.level) for name, head in self.heads.items()}
+        self.branches.append(Branch(self.backbone, own if heads is None else heads, upsampling))
+
+    def forward(self, x: Tensor) -> Output:
+        return self.decode(self.encode(x))
+
+    def encode(self, x: Tensor) -> Sequence[Tensor]:
+        """Image -> encoder features, fine to coarse; PatchError if the backbone cannot take its size."""
+        check_patch(self.backbone, x.shape[2:])
+        if not ranks.active():
+            return self.backbone.encode(x)
+        with ranks.part(len(x), x.device):
+            return ranks.Shared(self.backbone.encode(ranks.share(x)), len(x))
+
+    def maps(self, skips: list[Tensor]) -> list[Tensor]:
+        return self.backbone.decode(skips)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """From here on a network is in evaluation mode, without dropout, batch norms as they are; then as before."""
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
+
+
+@torch.no_grad()
+def without_learning(net: nn.Module, image: Tensor):
+    """What a network in training says in evaluation mode, without gradients."""
+    with evaluating(net):
+        return net(image)
 
 
 def check_patch(backbone: Backbone, patch) -> None:

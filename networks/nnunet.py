@@ -129,7 +129,7 @@ class NNUNet(Backbone):
             block(spec.dims, *shape) for shape in zip(inputs, plan.channels, plan.kernels, steps, strict=True)))
         self.decoder = self.new_decoder()
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         return self.initialize(Decoder(self.spatial_dims, self.plan, self.drop_rates))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
 from networks.blocks import BATCH_NORM, CONV, Layers, kaiming
-from networks.vnet import Decoder
+from networks.vnet import UPSAMPLINGS, Decoder
 
 DEPTHS = (3, 4, 6, 3)  # residual blocks per stage behind the stem
 DROPOUT = 0.5  # before the head
@@ -41,6 +41,7 @@ class ResVNet(Backbone):
     """
 
     initialize = staticmethod(kaiming)
+    upsamplings = UPSAMPLINGS
 
     def __init__(self, spec: NetSpec):
         super().__init__()
@@ -53,10 +54,12 @@ class ResVNet(Backbone):
             self.stages.append(nn.Sequential(first, *(Residual(spec.dims, outputs, outputs) for _ in others)))
         self.initialize(self.stages)
         self.drop_rates = (DROPOUT,) if spec.dropout is None else spec.dropout
+        self.upsampling = spec.upsampling or self.upsamplings[0]
         self.decoder = self.new_decoder()
 
-    def new_decoder(self) -> Decoder:
-        return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates))
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
+        upsampling = upsampling or self.upsampling
+        return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates, upsampling))
 
 
 def backbone(spec: NetSpec) -> ResVNet:

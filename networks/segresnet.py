@@ -44,7 +44,7 @@ class SegResNet(Backbone):
         exact(self.stages)
         self.decoder = self.new_decoder()
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         stages = (Stage(self.spatial_dims, outputs, self.groups, last=outputs == self.decoder_channels[0])
                   for outputs in reversed(self.decoder_channels))
         return Decoder(self.spatial_dims, stages, self.drop_rates)

@@ -72,7 +72,7 @@ class SwinUNETR(Backbone):
         maps = [functional.layer_norm(m, m.shape[-1:]).movedim(-1, 1) for m in maps]
         return [skip(m) for skip, m in zip(self.skips, (x, *maps), strict=True)]
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         return decoder(self.spatial_dims, self.encoder_channels, self.drop_rates)
 
 

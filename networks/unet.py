@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec, PatchError
-from networks.blocks import CONV, INSTANCE_NORM, Layers, kaiming, level_dropout
+from networks.blocks import CONV, INSTANCE_NORM, UP, Layers, kaiming, level_dropout
 
 LEVELS = 5
 DROPOUT = 0.3  # of single values, at the bottom and before the head
@@ -27,16 +27,20 @@ def block(dims: int, inputs: int, outputs: int) -> Layers:
 class Decoder(nn.Module):
     """From coarse to fine: linear upsampling, concatenation behind the skip, block, dropout.
 
-    `dropout` has one module per level, fine to coarse.
+    In place of linear upsampling (corners not aligned) there may be that by the nearest voxel or a transposed 2x2
+    convolution to the skip's channels. `dropout` has one module per level, fine to coarse.
     """
 
     checkpointed = ("level",)
 
-    def __init__(self, dims: int, channels: tuple[int, ...], dropout: nn.ModuleList):
+    def __init__(self, dims: int, channels: tuple[int, ...], dropout: nn.ModuleList, upsampling: str):
         super().__init__()
-        self.mode, self.dropout = LINEAR[dims], dropout
-        levels = reversed(range(len(channels) - 1))
-        self.stages = nn.ModuleList(block(dims, channels[k] + channels[k + 1], channels[k]) for k in levels)
+        self.mode, self.dropout = LINEAR[dims] if upsampling == "linear" else upsampling, dropout
+        levels = range(len(channels) - 2, -1, -1)
+        from_below = channels[:-1] if upsampling == "transposed" else channels[1:]
+        self.stages = nn.ModuleList(block(dims, channels[k] + from_below[k], channels[k]) for k in levels)
+        if upsampling == "transposed":
+            self.ups = nn.ModuleList(UP[dims](channels[k + 1], channels[k], 2, 2) for k in levels)
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
         x, maps = skips[-1], []
@@ -47,7 +51,10 @@ class Decoder(nn.Module):
 
     def level(self, index: int, x: Tensor, skip: Tensor) -> Tensor:
         """One level, counted from the coarsest."""
-        x = nn.functional.interpolate(x, size=skip.shape[2:], mode=self.mode)
+        if self.mode == "transposed":
+            x = self.ups[index](x)
+        else:
+            x = nn.functional.interpolate(x, size=skip.shape[2:], mode=self.mode)
         return self.dropout[-1 - index](self.stages[index](torch.cat([skip, x], 1)))
 
 
@@ -58,11 +65,12 @@ class UNet(Backbone):
     """
 
     initialize = staticmethod(kaiming)
+    upsamplings = ("linear", "transposed", "nearest")
 
     def __init__(self, spec: NetSpec):
         super().__init__()
         self.describe_levels(spec, LEVELS)
-        self.drop_rates = spec.dropout
+        self.drop_rates, self.upsampling = spec.dropout, spec.upsampling or self.upsamplings[0]
         if all(side <= multiple for side, multiple in zip(spec.patch, self.multiple, strict=True)):
             raise PatchError(f"patch {list(spec.patch)}: UNet needs a side of at least {2 * self.multiple[0]}")
         inputs = (spec.channels, *self.encoder_channels)
@@ -79,11 +87,12 @@ class UNet(Backbone):
         skips[-1] = self.dropout(skips[-1])
         return skips
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         dropout = level_dropout(self.spatial_dims, self.drop_rates or (), LEVELS - 1)
         if self.drop_rates is None:
             dropout[0] = nn.Dropout(DROPOUT)
-        return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, dropout))
+        upsampling = upsampling or self.upsampling
+        return self.initialize(Decoder(self.spatial_dims, self.encoder_channels, dropout, upsampling))
 
 
 def backbone(spec: NetSpec) -> UNet:

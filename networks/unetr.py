@@ -80,7 +80,7 @@ class UNETR(Backbone):
             return self.positions
         return functional.interpolate(self.positions, grid, mode="trilinear" if self.spatial_dims == 3 else "bilinear")
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
         return decoder(self.spatial_dims, self.encoder_channels, self.drop_rates)
 
 

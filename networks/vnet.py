@@ -6,10 +6,25 @@ Source: the network description of Yu et al., MICCAI 2019 (UA-MT), and its relea
 from torch import Tensor, nn
 
 from networks.base import Backbone, NetSpec
-from networks.blocks import CHANNEL_DROPOUT, convolutions, down, level_dropout, up
+from networks.blocks import CHANNEL_DROPOUT, Layers, convolutions, down, level_dropout, up
 
+UPSAMPLINGS = ("transposed", "linear", "nearest")
+LINEAR = {2: "bilinear", 3: "trilinear"}
 DEPTHS = (1, 2, 3, 3, 3)  # convolutions per encoder stage; the decoder mirrors them without the bottom
 DROPOUT = 0.5  # at the bottom and before the head
+
+
+def enlarge(dims: int, inputs: int, outputs: int, upsampling: str) -> Layers:
+    """Transposed 2x2 convolution that doubles every side, batch norm, ReLU, as in most V-Nets.
+
+    As in MC-Net and CML, "linear" (corners aligned) and "nearest" double the sides first, and a 3x3 convolution
+    follows. KeyError for other names.
+    """
+    if upsampling == "transposed":
+        return up(dims, inputs, outputs)
+    mode, corners = {"linear": (LINEAR[dims], True), "nearest": ("nearest", None)}[upsampling]
+    resize = nn.Upsample(scale_factor=2, mode=mode, align_corners=corners)
+    return Layers(resize, *convolutions(dims, 1, inputs, outputs))
 
 
 class Decoder(nn.Module):
@@ -17,12 +32,12 @@ class Decoder(nn.Module):
 
     checkpointed = ("level",)
 
-    def __init__(self, dims: int, channels: tuple[int, ...], dropout: tuple[float, ...]):
+    def __init__(self, dims: int, channels: tuple[int, ...], dropout: tuple[float, ...], upsampling: str):
         super().__init__()
         levels = range(len(channels) - 1, 0, -1)
         self.stages = nn.ModuleList()
         for level in levels:
-            self.stages.append(up(dims, channels[level], channels[level - 1]))
+            self.stages.append(enlarge(dims, channels[level], channels[level - 1], upsampling))
             self.stages.append(convolutions(dims, DEPTHS[level - 1], channels[level - 1], channels[level - 1]))
         self.dropout = level_dropout(dims, dropout, len(levels))
 
@@ -46,6 +61,8 @@ class VNet(Backbone):
     UA-MT's Monte-Carlo passes live on it.
     """
 
+    upsamplings = UPSAMPLINGS
+
     def __init__(self, spec: NetSpec):
         super().__init__()
         self.describe_levels(spec, len(DEPTHS))
@@ -58,6 +75,7 @@ class VNet(Backbone):
         own = spec.dropout is None
         self.drop_rates = (DROPOUT,) if own else spec.dropout
         self.dropout = CHANNEL_DROPOUT[spec.dims](DROPOUT if own else 0.0)
+        self.upsampling = spec.upsampling or self.upsamplings[0]
         self.decoder = self.new_decoder()
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -67,8 +85,8 @@ class VNet(Backbone):
         skips[-1] = self.dropout(skips[-1])
         return skips
 
-    def new_decoder(self) -> Decoder:
-        return Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates)
+    def new_decoder(self, upsampling: str | None = None) -> Decoder:
+        return Decoder(self.spatial_dims, self.encoder_channels, self.drop_rates, upsampling or self.upsampling)
 
 
 def backbone(spec: NetSpec) -> VNet:

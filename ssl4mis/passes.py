@@ -16,7 +16,10 @@ def segnets(method) -> dict[str, SegNet]:
 
 
 def count_samples(method) -> Counter:
-    """A counter of the samples that pass from now on, by (network, encoded or decoded, whether for a gradient)."""
+    """A counter of the samples that pass from now on, by (network, encoded or decoded, whether for a gradient).
+
+    What the branches of a network decode counts as decoded by it.
+    """
     counts = Counter()
 
     def counted(name, part, call):
@@ -28,7 +31,9 @@ def count_samples(method) -> Counter:
         return through
 
     for name, net in segnets(method).items():
-        net.encode, net.decode = counted(name, "encoded", net.encode), counted(name, "decoded", net.decode)
+        net.encode = counted(name, "encoded", net.encode)
+        for decoding in (net, *net.branches):
+            decoding.decode = counted(name, "decoded", decoding.decode)
     return counts
 
 
