@@ -2,7 +2,8 @@
 from dataclasses import dataclass
 from importlib import import_module
 
-NAMES = ("vnet", "unet", "nnunet", "resvnet", "attention_unet", "segresnet", "swin_unetr", "unetr")
+NAMES = ("vnet", "unet", "nnunet", "resvnet", "attention_unet", "segresnet", "swin_unetr", "unetr", "voxresnet", "enet",
+         "swin_unet")
 
 
 def backbone(name, spec):
@@ -30,17 +31,17 @@ class Build:
     classes: int
     spec: object
 
-    def __call__(self, heads=None, network=None, dropout=None):
+    def __call__(self, heads=None, network=None, dropout=None, upsampling=None):
         """A new network.
 
         Args:
             heads: name -> channels or (channels, decoder level); or a function of the backbone that gives this.
             network: another backbone than the chosen one.
-            dropout: as in `NetSpec`.
+            dropout, upsampling: as in `NetSpec`.
         """
         from dataclasses import replace
 
         from networks.base import SegNet
 
-        made = backbone(network or self.network, replace(self.spec, dropout=dropout))
+        made = backbone(network or self.network, replace(self.spec, dropout=dropout, upsampling=upsampling))
         return SegNet(made, heads(made) if callable(heads) else heads or {"seg": self.classes})

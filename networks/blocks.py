@@ -7,14 +7,15 @@ from networks.instancenorm import InstanceNorm2d, InstanceNorm3d
 
 
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d` that computes in float32 on the CPU where the kernel is longer than the map's first side.
+    """`nn.Conv3d` that computes in float32 on the CPU where the kernel is longer than one of the map's first two sides.
 
     There torch 2.13 reads and writes beyond its memory for the gradient of a bfloat16 weight. Such maps are tiny.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         half = torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16
-        if x.device.type != "cpu" or not half or x.shape[2] >= self.kernel_size[0]:
+        fits = all(side >= size for side, size in zip(x.shape[2:4], self.kernel_size, strict=False))
+        if x.device.type != "cpu" or not half or fits:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float())
