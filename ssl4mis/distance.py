@@ -44,6 +44,12 @@ def signed_distance(mask: Tensor, empty: str) -> Tensor:
     return _scale(found.clamp_(min=0)).sub_(_scale(inside))
 
 
+def class_distances(label: Tensor, classes: int, empty: str) -> Tensor:
+    """The `signed_distance` to each foreground class of labels (B, *space): (B, classes - 1, *space)."""
+    masks = torch.stack([label == index for index in range(1, classes)], 1)
+    return signed_distance(masks.flatten(0, 1), empty).view(masks.shape)
+
+
 def _scale(distances: Tensor) -> Tensor:
     """Divide distances by the sample's largest, in place."""
     return distances.div_(distances.flatten(1).amax(1).clamp(min=1).view(-1, *[1] * (distances.ndim - 1)))

@@ -150,6 +150,38 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it predicts")
 
 
+class Adversarial(Method):
+    """A segmenter, `net`, and a `critic` of what it predicts, which learns by Adam in a phase of its own.
+
+    `hp` has critic_rate.
+
+    Attributes:
+        critic_schedule: of the critic's learning rate.
+    """
+
+    critic_schedule: ClassVar[str] = "poly"
+
+    def stages(self):
+        return (Stage(phases=(Phase(), Phase("criticize", Adam(self.hp.critic_rate), self.critic_schedule))),)
+
+    def trainable(self, phase):
+        return [p for p in (self.critic if phase == "criticize" else self.net).parameters() if p.requires_grad]
+
+    def forward(self, batch, clock):
+        return self.criticize(batch) if clock.phase == "criticize" else self.segment(batch, clock)
+
+    def segment(self, batch: Batch, clock: Clock) -> Losses:
+        """The losses of the segmenter."""
+        raise TypeError(f"{type(self).__name__} does not say what its losses are")
+
+    def criticize(self, batch: Batch) -> Losses:
+        """The losses of the critic, after the segmenter's step."""
+        raise TypeError(f"{type(self).__name__} does not say what its critic's losses are")
+
+    def predict(self, image):
+        return self.net(image).logits.softmax(1)
+
+
 def at_least_one(hp, *names: str) -> None:
     """For a `Config`'s `__post_init__`: UserError unless these hyper-parameters are 1 or more."""
     for name in names:

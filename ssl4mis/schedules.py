@@ -10,10 +10,8 @@ DROP = 5 / 12  # 2,500 of 6,000 steps
 
 def sigmoid_ramp(step, length) -> Tensor:
     """exp(-5 (1 - t/length)^2), t clipped to [0, length]; 1 where length is 0 (Laine & Aila 2017). 0.0067 at 0."""
-    if length == 0:
-        return torch.ones((), dtype=torch.float64)
-    done = torch.as_tensor(step, dtype=torch.float64).clamp(0, length) / length
-    return torch.exp(-5 * (1 - done) ** 2)
+    step = torch.as_tensor(step, dtype=torch.float64)
+    return torch.exp(-5 * (1 - step.clamp(0, length) / length) ** 2) if length else torch.ones_like(step)
 
 
 def ema_decay(step, decay: float) -> Tensor:

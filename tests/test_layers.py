@@ -18,8 +18,8 @@ TORCH = ("torch", "torchvision", "torchmetrics", "monai", "safetensors.torch", *
 LAYERS = (
     ("networks", "data_prep"),
     tuple(f"ssl4mis.{m}" for m in
-          "errors docstring method batch losses schedules ops augment inference distance correlation metrics optional "
-          "surface optimizers edt components kernels calibration".split()),
+          "errors docstring method batch losses schedules ops copy_paste matching attacks augment inference distance "
+          "correlation metrics optional surface optimizers edt components kernels calibration".split()),
     ("ssl4mis.methods",),
     ("ssl4mis",),
     ("ssl4mis.run", "ssl4mis.sweep", "ssl4mis.predict", "ssl4mis.reproduce"),

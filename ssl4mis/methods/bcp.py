@@ -23,13 +23,12 @@ from typing import Literal
 
 import torch
 
+from ssl4mis import copy_paste
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
 from ssl4mis.method import Method, Needs, Preset, Stage, Teacher, within
-from ssl4mis.ops import cuboid, largest_component_later
 
-CONNECTIVITY = {"faces": 1, "edges": 2, "corners": 3}
 DICE = {"linear": {"squared": False, "per_sample": True}, "squared": {"smooth": 1e-10}}
 
 
@@ -92,7 +91,7 @@ class BCP(Method):
 
     def forward(self, batch, clock):
         labeled, unlabeled = batch.labeled, batch.unlabeled.image
-        inside = self.inside(batch.image)
+        inside = copy_paste.box(batch.image, self.hp.box)
         outside = ~inside
         (image_a, image_b), (label_a, label_b) = labeled.image.chunk(2), labeled.label.chunk(2)
         if clock.stage == "pretrain" or not len(unlabeled):
@@ -111,24 +110,10 @@ class BCP(Method):
         guessed = self.loss(inward, pseudo_a, inside) + self.loss(outward, pseudo_b, outside)
         return Losses({"supervised": supervised, "pseudo": self.hp.weight * guessed})
 
-    def corner(self, shape, sides, device):
-        """First voxel of the box per axis; the last possible place is never drawn, as in the authors' code."""
-        return [torch.randint(length - side, (), device=device) for length, side in zip(shape, sides, strict=True)]
-
-    def inside(self, image):
-        """The voxels of a random box, the same in all samples, (*space) bool."""
-        shape = image.shape[2:]
-        sides = [max(1, int(self.hp.box * length)) for length in shape]
-        return cuboid(shape, self.corner(shape, sides, image.device), sides, image.device)
-
     def pseudo_labels(self, image) -> Callable:
         """A function that gives the teacher's labels, (B, *space) uint8; the teacher's passes are queued at once."""
         probability = torch.cat([self.teacher(half).logits.softmax(1) for half in image.chunk(2)])
-        likely = probability[:, 1] >= 0.5 if self.task.classes == 2 else probability.argmax(1)
-        label = likely.to(torch.uint8)
-        if self.hp.component == "none":
-            return lambda: label
-        return largest_component_later(label, CONNECTIVITY[self.hp.component])
+        return copy_paste.pseudo_labels(probability, self.hp.component)
 
     def loss(self, logits, label, mask=None):
         """Half of cross-entropy and Dice over the voxels of a mask (*space)."""

@@ -27,13 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from networks.blocks import CHANNEL_DROPOUT
-from ssl4mis import augment, correlation
+from ssl4mis import correlation
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
-from ssl4mis.losses import dice
+from ssl4mis.matching import IGNORED, Target, boxes, check_boxes, masked, mean, paste, perturbed, steady
 from ssl4mis.method import Method, Needs, Preset, at_least_one, within
-
-IGNORED = 255  # a label without a class
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,8 @@ class Config:
 
     def __post_init__(self):
         at_least_one(self, "n_rows", "corr_stride", "channels", "projection", "corr_memory")
-        within(self, 0, 1, "tau_momentum", "corr_dropout", "cutmix", "box_min", "box_max", "feature_dropout", "warm_up")
-        if self.box_min > self.box_max:
-            raise UserError(f"hp.box_min {self.box_min}: expected at most hp.box_max {self.box_max}")
+        within(self, 0, 1, "tau_momentum", "corr_dropout", "feature_dropout", "warm_up")
+        check_boxes(self)
         if self.region_prop and not self.pixel_prop:
             raise UserError("hp.region_prop True: expected hp.pixel_prop True, which trains the correlation")
 
@@ -121,23 +118,6 @@ class View(NamedTuple):
     spread: Tensor | None
     matrix: Tensor | None
     skips: list[Tensor]
-
-
-class Target(NamedTuple):
-    """Class probabilities, the largest of them, its class, and the voxels that are inside the volumes."""
-
-    probability: Tensor
-    confidence: Tensor
-    label: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, probability, valid):
-        return cls(probability, *probability.max(1), valid)
-
-    def sure(self, tau):
-        """(B, *space) bool."""
-        return (self.confidence >= tau) & self.valid
 
 
 class CorrMatch(Method):
@@ -166,14 +146,12 @@ class CorrMatch(Method):
         theirs = Target.of(self.steady(partner.image), partner.valid)
         weak = self.view(batch.image)
         mine = Target.of(weak.logits[n:].detach().softmax(1), unlabeled.valid)
-        box = augment.boxes(len(unlabeled.image), unlabeled.image.shape[2:], hp.cutmix, (hp.box_min, hp.box_max),
-                            unlabeled.image.device)
-        mixed = Target.of(torch.where(box[:, None], theirs.probability, mine.probability),
-                          torch.where(box, theirs.valid, mine.valid))
+        box = boxes(hp, unlabeled.image)
+        mixed = mine.mixed(box, theirs)
         active = clock.step >= round(hp.warm_up * clock.total)
         tau = self.threshold(mine, mixed, active)
         label, mask = self.regions(weak, mine, mixed, box, tau)
-        strong = self.view(torch.where(box[:, None], partner.strong[0], unlabeled.strong[0]))
+        strong = self.view(paste(box, partner.strong[0], unlabeled.strong[0]))
 
         terms = self.supervised(weak, batch.labeled.label)
         losses = self.unsupervised(weak, strong, mine, mixed, label, mask, tau)
@@ -202,8 +180,8 @@ class CorrMatch(Method):
             divergence = F.kl_div(strong.logits.log_softmax(1), target, reduction="none").sum(1)
             losses["kl"] = mean(divergence, mixed.sure(tau), mixed.valid)
         if hp.fp:
-            perturbed = self.net.decode([self.perturb(last(x, -n)) for x in weak.skips]).logits
-            losses["feature"] = masked(perturbed, mine.label, sure, mine.valid, hp.u_dice)
+            logits = perturbed(self.net, weak.skips, self.perturb, -n)
+            losses["feature"] = masked(logits, mine.label, sure, mine.valid, hp.u_dice)
         if hp.pixel_prop:
             losses["corr"] = 0.5 * (masked(strong.spread, label, mask, mixed.valid)
                                     + masked(weak.spread[n:], mine.label, sure, mine.valid))
@@ -218,14 +196,9 @@ class CorrMatch(Method):
         spread = correlation.propagate(out.logits, matrix, grid, self.hp.corr_down, self.hp.corr_apply)
         return View(out.logits, correlation.enlarge(spread, image.shape[2:]), matrix, out.features.encoder)
 
-    @torch.no_grad()
     def steady(self, image):
         """Probabilities of the network in eval mode, which leaves its batch-norm statistics alone."""
-        training = self.net.training
-        self.net.eval()
-        probability = self.net(image).logits.softmax(1)
-        self.net.train(training)
-        return probability
+        return steady(self.net, image)
 
     def threshold(self, mine, mixed, active):
         """This step's threshold, 0-d; while `active` it first moves towards the network's confidence."""
@@ -251,19 +224,3 @@ class CorrMatch(Method):
 
     def predict(self, image):
         return self.net(image).logits.softmax(1)
-
-
-def last(features, count):
-    """The last samples of (B, C, *space); sliced with channels last, so that the gradient needs no other layout."""
-    return features.movedim(1, -1)[-count:].movedim(-1, 1)
-
-
-def mean(values, mask, valid):
-    """Sum over a mask, divided by the number of valid voxels."""
-    return (values * mask).sum() / valid.sum().clamp(min=1)
-
-
-def masked(logits, label, mask, valid, with_dice=False):
-    """Cross-entropy over a mask, divided by the number of valid voxels; or its mean with Dice over the mask."""
-    entropy = mean(F.cross_entropy(logits, label.long(), reduction="none", ignore_index=IGNORED), mask, valid)
-    return 0.5 * (entropy + dice(logits.softmax(1), label, mask=mask)) if with_dice else entropy

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from ssl4mis.batch import Losses
-from ssl4mis.distance import signed_distance
+from ssl4mis.distance import class_distances
 from ssl4mis.losses import dice
 from ssl4mis.method import Method, at_least_one, within
 
@@ -62,17 +62,12 @@ class DTC(Method):
         heads = self.net(batch.image).heads
         probability, sdf = heads["seg"].softmax(1), heads["sdf"].tanh()
         terms = {"supervised": dice(probability[:n], label, "foreground"),
-                 "sdf": hp.sdf * (sdf[:n] - self.true_distance(label)).square().mean()}
+                 "sdf": hp.sdf * (sdf[:n] - class_distances(label, self.task.classes, hp.compat)).square().mean()}
         if not len(batch.unlabeled.image):
             return Losses(terms)
         weight = self.consistency_weight(clock)
         distance = (self.soft_mask(sdf) - probability[:, 1:]).square().mean()
         return Losses(terms | {"consistency": weight * distance}, watch={"weight": weight})
-
-    def true_distance(self, label):
-        """The signed distance to each foreground class, (B, K-1, *space)."""
-        masks = torch.stack([label == index for index in range(1, self.task.classes)], 1)
-        return signed_distance(masks.flatten(0, 1), self.hp.compat).view(masks.shape)
 
     def soft_mask(self, sdf):
         """1 inside, 0 outside and 0.5 on the boundary of a signed distance."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssl4mis import copy_paste
 from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.losses import cross_entropy, dice
 from ssl4mis.method import Task
@@ -40,23 +41,21 @@ EXPECTED = {
 
 
 class Stored(BCP):
-    """Draws the file's corner and keeps what enters the loss."""
-
-    def corner(self, shape, sides, device):
-        return self.drawn
+    """Keeps what enters the loss."""
 
     def loss(self, logits, label, mask=None):
         self.entered.append((label, mask))
         return super().loss(logits, label, mask)
 
 
-def make(replay, name, data):
+def make(replay, monkeypatch, name, data):
     """The method with the file's corner and teacher, the student's logits (l, u) that take a gradient, the batch."""
     file = FILES[name]
     students = [torch.tensor(data[f"student_logits_{half}"], requires_grad=True) for half in "lu"]
     hp = Config(weight=float(data["u_weight"]), box=float(data.get("mask_ratio", 2 / 3)), **file.hp)
     method = Stored(replay, Task(students[0].shape[1], students[0].ndim - 2), hp)
-    method.drawn, method.entered = torch.tensor(data["mask_corner"]), []
+    monkeypatch.setattr(copy_paste, "corner", lambda *_: torch.tensor(data["mask_corner"]))
+    method.entered = []
     method.student.waiting = list(students)
     method.teacher.net.waiting = in_order([torch.tensor(data[f"teacher_logits_{half}"]) for half in "ab"], file.first)
     n = int(data["labeled_bs"])
@@ -78,9 +77,9 @@ def step(method, batch, stage):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_self_training(name, golden, replay, same_gradient):
+def test_self_training(name, golden, replay, monkeypatch, same_gradient):
     data, file = golden(name), FILES[name]
-    method, students, batch = make(replay, name, data)
+    method, students, batch = make(replay, monkeypatch, name, data)
     total = step(method, batch, "self_train")
     assert not method.student.waiting and not method.teacher.net.waiting
 
@@ -113,9 +112,9 @@ def test_self_training(name, golden, replay, same_gradient):
             np.testing.assert_array_equal(sum(label * mask for label, mask, _ in parts), data[f"mixed_labels_{half}"])
 
 
-def test_pretraining(golden, replay, same_gradient):
+def test_pretraining(golden, replay, monkeypatch, same_gradient):
     data = golden("bcp_la")
-    method, (logits, _), batch = make(replay, "bcp_la", data)
+    method, (logits, _), batch = make(replay, monkeypatch, "bcp_la", data)
     total = step(method, batch, "pretrain")
     [(label, mask)] = method.entered
     assert mask is None

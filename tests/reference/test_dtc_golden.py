@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssl4mis.batch import Batch, Clock, Half
-from ssl4mis.distance import distance, signed_distance
+from ssl4mis.distance import class_distances, distance, signed_distance
 from ssl4mis.losses import cross_entropy
 from ssl4mis.method import Task
 from ssl4mis.methods.dtc import DTC, Config
@@ -48,7 +48,7 @@ def test_a_mask_without_background(golden):
 
 def test_maps(stored):
     data, method, _, tanh, batch, _ = stored
-    true = method.true_distance(batch.labeled.label)
+    true = class_distances(batch.labeled.label, method.task.classes, method.hp.compat)
     np.testing.assert_allclose(true[:, 0], data["sdf_ground_truth"], RTOL, 1e-6)
     np.testing.assert_allclose(method.soft_mask(tanh).detach(), data["sdf_to_mask"], RTOL, 2e-6)
 
@@ -107,7 +107,7 @@ def test_heads_that_know_the_truth(replay, classes, space):
         label[:, 3 * index - 2:3 * index + 1, index:-2] = index
     method = DTC(replay, Task(classes, len(space)), Config())
     true = torch.stack([signed_distance(label == index, "right") for index in range(1, classes)], 1)
-    assert torch.equal(method.true_distance(label), true)
+    assert torch.equal(class_distances(label, method.task.classes, method.hp.compat), true)
     truth = torch.stack([label == index for index in range(classes)], 1)
     method.net.waiting = [{"seg": (100 * truth.float()).repeat(2, *[1] * (truth.ndim - 1)),
                            "sdf": true.clamp(-1 + 1e-7, 1 - 1e-7).atanh().repeat(2, *[1] * (true.ndim - 1))}]
@@ -134,5 +134,5 @@ def test_patches_on_one_side_only(replay, compat, empty, full):
     """What the default mends: without foreground the distance is 1, without background -1."""
     method = DTC(replay, Task(2, 2), Config(compat=compat))
     label = torch.stack([torch.zeros(4, 5, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.uint8)])
-    distance = method.true_distance(label)
+    distance = class_distances(label, method.task.classes, method.hp.compat)
     assert (distance[0] == empty).all() and (distance[1] == full).all()

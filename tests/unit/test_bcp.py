@@ -6,13 +6,12 @@ from torch import nn
 
 import networks
 from networks.base import NetSpec, Output
-from ssl4mis import ops
+from ssl4mis import copy_paste, ops
 from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
 from ssl4mis.losses import cross_entropy, segmentation
 from ssl4mis.method import Task
-from ssl4mis.methods import bcp
 from ssl4mis.methods.bcp import BCP, Config
 from ssl4mis.schedules import learning_rate
 from ssl4mis.trainer import plan
@@ -54,7 +53,7 @@ def clock(stage):
 @pytest.fixture
 def box(monkeypatch):
     """Every box lies at CORNER; the mask of its voxels."""
-    monkeypatch.setattr(BCP, "corner", lambda *_: CORNER)
+    monkeypatch.setattr(copy_paste, "corner", lambda *_: CORNER)
     return ops.cuboid(SHAPE, CORNER, (6, 8))
 
 
@@ -64,7 +63,7 @@ def box(monkeypatch):
 @pytest.mark.parametrize(("shape", "sides", "share"), [
     ((112, 112, 80), (74, 74, 53), 0.2892), ((256, 256), (170, 170), 0.4410), ((96, 96, 96), (64, 64, 64), 0.2963)])
 def test_the_box_is_two_thirds_of_each_side(shape, sides, share):
-    inside = method().inside(torch.empty(1, 1, *shape))
+    inside = copy_paste.box(torch.empty(1, 1, *shape), Config().box)
     assert inside.shape == shape and abs(inside.float().mean() - share) < 5e-5
     where = inside.nonzero()
     assert (where.max(0).values - where.min(0).values + 1).tolist() == list(sides)
@@ -72,10 +71,10 @@ def test_the_box_is_two_thirds_of_each_side(shape, sides, share):
 
 def test_every_place_but_the_last_is_drawn():
     torch.manual_seed(0)
-    corners = torch.stack([torch.stack(method().corner((9, 12), (6, 8), "cpu")) for _ in range(200)])
+    corners = torch.stack([torch.stack(copy_paste.corner((9, 12), (6, 8), "cpu")) for _ in range(200)])
     assert corners.min(0).values.tolist() == [0, 0] and corners.max(0).values.tolist() == [2, 3]
     torch.manual_seed(0)
-    assert torch.stack(method().corner((9, 12), (6, 8), "cpu")).equal(corners[0])
+    assert torch.stack(copy_paste.corner((9, 12), (6, 8), "cpu")).equal(corners[0])
 
 
 # --- mixtures and losses ---------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def test_the_student_is_queued_before_the_components_are_asked_for(monkeypatch):
         events.append("begin")
         return lambda: events.append("wait") or label
 
-    monkeypatch.setattr(bcp, "largest_component_later", later)
+    monkeypatch.setattr(copy_paste, "largest_component_later", later)
     for name, net in (("student", m.student), ("teacher", m.teacher.net)):
         net.register_forward_hook(lambda *_, name=name: events.append(name))
     m(batch(), clock("self_train"))

@@ -18,7 +18,8 @@ from ssl4mis.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (*sorted((ROOT / "ssl4mis" / "methods").glob("*.py")),
-         *(ROOT / "ssl4mis" / f"{name}.py" for name in ("losses", "schedules", "method", "correlation", "augment")))
+         *(ROOT / "ssl4mis" / f"{name}.py"
+           for name in "losses schedules method correlation augment copy_paste matching attacks".split()))
 STEP = ("_train_step", "_note_bad")  # of the trainer
 # calls that bring values, or sizes that depend on values, to the host
 WAITING = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
