@@ -40,10 +40,10 @@ COUNTS = {  # network and heads
     "SSL4MIS nnUNet(base 16, 2 classes)": ("nnunet", pyramid(2, 6)),
 }
 NOT_COVERED = {
-    "MC-Net *": "network not in the suite yet",
-    "CML VNet*": "network not in the suite yet",
+    "MC-Net *": "in test_mcnet_networks_golden.py",
+    "CML VNet*": "in test_mcnet_networks_golden.py",
     "BCP VNet*": "counts contrastive selectors that the authors never use",
-    "* FC3DDiscriminator*": "network not in the suite yet",
+    "* FC3DDiscriminator*": "in test_discriminator_golden.py",
 }
 SPEC = NetSpec(1, (16, 256, 256), spacing=(4.0, 1.0, 1.0))  # nnU-Net's rules make of it the plan that SSL4MIS fixed
 
