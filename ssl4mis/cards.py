@@ -24,7 +24,7 @@ from ssl4mis.batch import Batch, Clock, Half
 from ssl4mis.config import RunSpec
 from ssl4mis.errors import UserError
 from ssl4mis.leaderboard import markdown_table
-from ssl4mis.method import Preset, Stage, Task
+from ssl4mis.method import Phase, Preset, Stage, Task
 from ssl4mis.passes import count_samples, segnets
 
 DATASET, PROTOCOL = "LA", "paper"  # whose recipe is built and measured
@@ -297,8 +297,15 @@ def stage_line(stage: Stage) -> str:
     schedule = "the run's schedule" if stage.schedule is None else f"schedule {stage.schedule}"
     if stage.drop != Stage().drop:
         schedule += f" (a drop after every {stage.drop:.4g} of the stage)"
-    phases = " and ".join(f"`{phase.name}`" + (" (Adam)" if phase.adam else "") for phase in stage.phases)
+    phases = " and ".join(map(phase_words, stage.phases))
     return f"- `{stage.name}`: {100 * stage.share:.4g} % of the run; {phases}; {schedule}\n"
+
+
+def phase_words(phase: Phase) -> str:
+    """A phase by its name, with the optimizer and the schedule that are not the run's."""
+    own = [*([f"Adam, rate {phase.adam.rate:g}"] if phase.adam else []),
+           *([f"schedule {phase.schedule}"] if phase.schedule else [])]
+    return f"`{phase.name}`" + (f" ({', '.join(own)})" if own else "")
 
 
 def scores(name: str, table) -> str:

@@ -352,3 +352,12 @@ def test_the_file_is_written_once_and_checked(main, tmp_path, monkeypatch, capsy
 
 def test_command_is_short():
     assert all(len((ROOT / "benchmarks" / f"{name}.py").read_text().splitlines()) < 40 for name in ("methods", "run"))
+
+
+def test_the_readme_lists_every_method_in_its_family():
+    words = {"the bound": "supervised", "pseudo-labels": "pseudo-label"}
+    rows = re.findall(r"^\| ([\w -]+) \| (`\w+`.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    found = {name: words.get(family, family) for family, cells in rows for name in re.findall(r"`(\w+)`", cells)
+             if family in (*docstring.FAMILIES, *words)}
+    assert found.pop("mt") == found["mean_teacher"]
+    assert found == {name: docstring.of_file(registry.FOLDER / f"{name}.py").family for name in NAMES}
