@@ -165,6 +165,7 @@ def summary(name: str) -> list[str]:
     passed = {gradient: sum(n for (_, part, g), n in last(measured).items() if part == "decoded" and g == gradient)
               for gradient in (True, False)}
     more = [f"{head} {size}" for net in nets.values() for head, size in head_sizes(net) if head != "seg"]
+    more += [f"{count} more decoder" + "s" * (count > 1) for net in nets.values() if (count := len(net.branches))]
     if others := outside(method):
         more.append(f"{millions(others)[0]} M outside of the networks")
     family = docstring.read(getmodule(cls).__doc__).family
@@ -270,8 +271,9 @@ def outside(method) -> list:
 
 
 def heads(net: SegNet) -> str:
-    """Names, channels and decoder levels of a network's heads."""
-    return ", ".join(f"{name} {size}" for name, size in head_sizes(net))
+    """Names, channels and decoder levels of a network's heads, and how many more decoders it has."""
+    found = ", ".join(f"{name} {size}" for name, size in head_sizes(net))
+    return found + (f"; {len(net.branches)} more decoders" if net.branches else "")
 
 
 def head_sizes(net: SegNet) -> list[tuple[str, str]]:

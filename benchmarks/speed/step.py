@@ -1,4 +1,4 @@
-"""Time a training step of every method against the peers' way, and against the passes of its networks alone.
+"""Time training steps against the peers' way, and against the passes of their networks alone.
 
 The peers' way is written anew here, method by method: float32 in torch's own layout, in which the suite's networks run
 as the published ones do, op for op; SGD and moving averages parameter by parameter; int64 labels; distance maps by
@@ -28,13 +28,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep import DataError
-from networks.base import SegNet
+from networks.base import Branch, SegNet
 from ssl4mis import config, memory, registry, run
 from ssl4mis.correlation import CorrelationHead
 from ssl4mis.leaderboard import markdown_table
 from ssl4mis.loading import Loader, noise_seed
+from ssl4mis.matching import last
 from ssl4mis.method import Method, Task
-from ssl4mis.methods.corrmatch import last
 from ssl4mis.schedules import learning_rate
 from ssl4mis.trainer import Trainer
 
@@ -53,10 +53,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of LA (default: that of SSL4MIS_DATA, else phantoms)")
     parser.add_argument("--rounds", type=int, default=2, help="steps of ours; the peers make one (%(default)s)")
-    parser.add_argument("--methods", metavar="NAMES", help=f"some of {','.join(registry.names())} (all)")
+    parser.add_argument("--methods", metavar="NAMES", help=f"some of {','.join(registry.names())} "
+                        "(those that have a peer here, and corrmatch)")
     parser.add_argument("--quick", action="store_true", help="tiny crops of phantoms, few methods: does it run?")
     options = parser.parse_args(argv)
-    names = options.methods.split(",") if options.methods else QUICK if options.quick else registry.names()
+    usual = QUICK if options.quick else sorted([*LOSSES, "corrmatch"])
+    names = options.methods.split(",") if options.methods else usual
     for name in names:
         if name not in registry.names():
             parser.error(f"--methods {options.methods}: '{name}' is unknown, expected some of "
@@ -193,6 +195,9 @@ class SameBatch:
         return self.first
 
 
+PARTS = {SegNet: ("encode", "decode"), Branch: ("decode",), CorrelationHead: ("forward",)}
+
+
 class Networks:
     """The forward and backward passes that a step of a method makes, in its precision and layout, and nothing else.
 
@@ -206,9 +211,9 @@ class Networks:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """While this is entered calls are written down."""
-        nets = [m for m in self.trainer.method.modules() if isinstance(m, SegNet | CorrelationHead)]
+        nets = [m for m in self.trainer.method.modules() if isinstance(m, SegNet | Branch | CorrelationHead)]
         for net in nets:
-            for part in ("encode", "decode") if isinstance(net, SegNet) else ("forward",):
+            for part in PARTS[type(net)]:
                 setattr(net, part, self.recorder(net, part, getattr(net, part)))
         yield
         for net in nets:
