@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.ranks_worker import NETWORKS, setting, trained
+from contract.ranks_worker import NETWORKS, networks_of, setting, trained
 
 from ssl4mis import registry
 
@@ -44,10 +44,10 @@ def check(name, network, together, folder):
     assert all(torch.equal(first[key], alone[key]) for key in alone.keys() - keys)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_the_result_is_that_of_one_process(method_name, network, together, tmp_path):
+def test_the_result_is_that_of_one_process(method_name, together, tmp_path):
     """Losses, thresholds, mixtures and the statistics of batch norms are of the whole batch."""
-    check(method_name, network, together, tmp_path)
+    for network in networks_of(method_name):
+        check(method_name, network, together, tmp_path / network)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
