@@ -5,8 +5,8 @@ segmenter learns to fool it; on unlabeled images it also learns its own labels w
 
 Family: adversarial.
 Paper: Adversarial Learning for Semi-Supervised Semantic Segmentation, arXiv 1802.07934.
-Code: hfslyc/AdvSemiSeg, train.py, with the weights of its README.
-Differs from the code, which is 2D on natural images:
+Code: hfslyc/AdvSemiSeg, train.py, with the weights of its README (2D).
+Differs from the code:
 - the critic halves the sides four times, since five would leave 3 x 3 x 2 places of a patch in 3D (`halvings` 5), and
   its width follows the segmenter's;
 - labeled and unlabeled images come in equal numbers through the segmenter at once, each half was a pass of its own;

@@ -74,7 +74,7 @@ class MCNet(Method):
     Config = Config
     presets = {
         "LA": Preset(**LONG), "Pancreas": Preset(**LONG),
-        "ACDC": Preset({"dice": "squared", "weight": 0.1, "ramp": 1.0}, {"schedule": "constant"}, 30000, dims=2),
+        "ACDC": Preset({"dice": "squared", "weight": 0.1, "ramp": 1.0}, {"schedule": "constant"}, dims=2),
     }
 
     def __init__(self, build, task, hp):

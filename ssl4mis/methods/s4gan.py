@@ -5,8 +5,8 @@ predictions are to be, on average, those of labeled ones, and predictions that f
 
 Family: adversarial.
 Paper: Semi-Supervised Semantic Segmentation with High- and Low-level Consistency, arXiv 1908.05724.
-Code: sud0301/semisup-semseg, train_s4GAN.py.
-Differs from the code, which is 2D on natural images:
+Code: sud0301/semisup-semseg, train_s4GAN.py (2D).
+Differs from the code:
 - every image is brought to 0..1 by its own range for the critic, where the code mixes up the ranges of two batches;
 - the labeled half of the batch is both what the segmenter learns from and what the critic knows as real, where the code
   has three loaders, and both halves go through the segmenter at once;

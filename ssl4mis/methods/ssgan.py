@@ -7,7 +7,8 @@ to make images, out of noise, that it takes for real.
 Family: adversarial.
 Paper: Semi Supervised Semantic Segmentation Using Generative Adversarial Network, arXiv 1703.09695.
 Code: none by the authors; the details are those of an unofficial one, which has errors.
-Differs from the paper and that code, experimental in 3D, where nothing is published:
+Differs from the code:
+- it is experimental in 3D, where nothing is published;
 - fake has no output of its own, its logit is 0; the unofficial code does the same but has the output, too;
 - the generator maximizes the probability of real (`game` minimax minimizes that of fake, which hardly teaches early);
 - the generator is ours: as coarse as the authors' at first, channels that halve while sides double, 100 random numbers

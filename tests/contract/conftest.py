@@ -139,6 +139,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("method_name", names)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Every method sees 2D and 3D, and 2 and 4 classes; the other half of the combinations is left to `long`.
+
+    Methods that are named by `--method` see all of them.
+    """
+    for item in items if not config.getoption("--method") else ():
+        chosen = getattr(item, "callspec", None)
+        if chosen and {"method_name", "world"} <= chosen.params.keys():
+            dims, classes = chosen.params["world"]
+            if (zlib.crc32(chosen.params["method_name"].encode()) + dims + classes // 2) % 2:
+                item.add_marker("long")
+
+
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     """Attention among 27 places and not 343: what a network owes does not depend on it, and it takes most of the time.

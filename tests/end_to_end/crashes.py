@@ -129,7 +129,8 @@ def result(out: Path) -> dict:
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     files = [name for name in files if name not in ("said", "moments")]
     predictions = {path.name: path.read_bytes().hex() for path in (folder / run.PREDICTIONS).iterdir()}
-    kept = {done: checkpoint.fingerprint(checkpoint.read(path)) for done, path in checkpoint.kept(folder).items()}
+    kept = {done: checkpoint.fingerprint(checkpoint.read(path)["weights"])
+            for done, path in checkpoint.kept(folder).items()}
     return {"record": record, "table": table, "files": files, "predictions": predictions, "kept": kept}
 
 

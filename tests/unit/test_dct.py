@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.ranks_worker import NETWORKS, setting, trained
+from contract.ranks_worker import networks_of, setting, trained
 from torch import nn
 
 import networks
@@ -285,7 +285,7 @@ def test_two_processes_attack_as_one(tmp_path):
                            HERE.parent / "contract" / "ranks_worker.py", tmp_path, name],
                           env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    for network in NETWORKS:
+    for network in networks_of(name):
         case = replace(setting("dct", network), cls=Adversarial)
         before, alone = case.method().state_dict(), trained(case, tmp_path / network)
         first, second = (torch.load(tmp_path / f"{name}-{network}-{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -381,7 +381,8 @@ def test_losses_are_logged_every_so_many_steps(tmp_path):
 def test_weights_are_kept_on_the_way_and_again_after_a_crash(tmp_path):
     """Every weight loses 1 in a step, so that it tells how many there were. The last ones are in the checkpoint."""
     def kept(folder):
-        return {done: float(checkpoint.read(path)["weight"][0]) for done, path in checkpoint.kept(folder).items()}
+        return {done: float(checkpoint.read(path)["weights"]["weight"][0])
+                for done, path in checkpoint.kept(folder).items()}
 
     make(tmp_path, keep_every=3).fit()
     assert kept(tmp_path) == {3: -3, 6: -6, 9: -9}
