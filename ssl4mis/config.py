@@ -262,11 +262,11 @@ def method_defaults(method: type, dataset, protocol) -> dict:
 
 def catalog() -> str:
     """Methods, networks, data sets and protocols, a line each."""
-    lines = ["methods", *(f"  {name:14} {registry.title(name)}" for name in registry.names())]
+    lines = ["methods", *(f"  {name:21} {registry.title(name)}" for name in registry.names())]
     folder = Path(networks.__file__).parent
-    lines += ["networks", *(f"  {name:14} {registry.title(name, folder)}" for name in networks.NAMES), "data sets"]
+    lines += ["networks", *(f"  {name:21} {registry.title(name, folder)}" for name in networks.NAMES), "data sets"]
     for dataset in map(data_prep.dataset, data_prep.names()):
-        lines.append(f"  {dataset.name:14} {dataset.title}")
+        lines.append(f"  {dataset.name:21} {dataset.title}")
         lines += [f"    {p.name:12} {p.about}" for p in dataset.protocols.values()]
     return "\n".join(lines)
 
