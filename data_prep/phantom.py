@@ -7,6 +7,7 @@ case to case. All lengths are in half fields of view, so that any shape holds th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -213,14 +214,13 @@ def _tubes(grid: np.ndarray, curves: Sequence[tuple[np.ndarray, float]]) -> np.n
 
 
 class PhantomStore:
-    """The registered cases phantom_000, phantom_001 and so on; each is generated once and then kept.
+    """The registered cases phantom_000, phantom_001 and so on; each is generated once in a process and then kept.
 
     `classes` and `spatial_dims` are those of `generate`.
     """
 
     def __init__(self, downsample: int = 1, classes: int = 3, spatial_dims: int = 3) -> None:
         self.downsample, self.classes, self.spatial_dims = downsample, classes, spatial_dims
-        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def image(self, case: str) -> np.ndarray:
         """The scan: float32, (1, *space), z-scored. Raises DataError for an unknown case."""
@@ -252,12 +252,16 @@ class PhantomStore:
 
     def _case(self, case: str) -> tuple[np.ndarray, np.ndarray]:
         self.check([case])
-        if case not in self._kept:
-            image, label = generate(SEED, _INDEX[case], self.classes, self.spatial_dims)
-            if self.downsample > 1:
-                image, label = downsample_image(image, self.downsample), downsample_label(label, self.downsample)
-            self._kept[case] = image, label
-        return self._kept[case]
+        return _registered(_INDEX[case], self.classes, self.spatial_dims, self.downsample)
+
+
+@cache
+def _registered(index: int, classes: int, spatial_dims: int, downsample: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and label of a registered case, to be copied before they leave this file."""
+    image, label = generate(SEED, index, classes, spatial_dims)
+    if downsample > 1:
+        image, label = downsample_image(image, downsample), downsample_label(label, downsample)
+    return image, label
 
 
 _INDEX = {f"phantom_{index:03d}": index for index in range(CASES)}

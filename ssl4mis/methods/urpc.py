@@ -14,9 +14,8 @@ Differs from the code:
 - as many classes as the data have, where the 3D script always has three (`compat` legacy);
 - any backbone: heads and channel dropout go on its finest decoder levels, of which the authors' U-Net has four;
 - 2D is like 3D, where the 2D script enlarges by the nearest voxel and perturbs the coarse levels in other ways;
-- logarithms of sums of exponentials, since the logarithm of a softmax that underflows is not finite.
+- logarithms of the softmax from the logits, and no mean below the least float, whose logarithm is not finite.
 """
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,13 +88,16 @@ class URPC(Method):
 
 
 def disagreement(maps):
-    """Logits of several scales (S, B, K, *space) -> log softmax, its mean's logarithm and the divergences.
+    """Logits of several scales (S, B, K, *space) -> their probabilities, the mean of these and the divergences.
 
-    Shapes (S, B, K, *space), (B, K, *space) and, in nats from the mean to each scale, (S, B, 1, *space).
+    Shapes (S, B, K, *space), (B, K, *space) and, in nats from the mean to each scale, (S, B, *space).
     """
     logs = maps.log_softmax(2)
-    mean = logs.logsumexp(0) - math.log(len(maps))
-    return logs, mean, (mean.exp() * (mean - logs)).sum(2, keepdim=True)
+    probability = logs.exp()
+    mean = probability.mean(0)
+    # sum_k mean (log mean - log p) in two sums: the first is one for all scales, the second one pass over them.
+    negentropy = (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(1)
+    return probability, mean, negentropy - (mean * logs).sum(2)
 
 
 def consistency(maps):
@@ -103,7 +105,7 @@ def consistency(maps):
 
     Gradients flow through the mean, the weights and the divergences.
     """
-    logs, mean, divergence = disagreement(maps)
-    certainty, each = (-divergence).exp(), tuple(range(1, maps.ndim))
-    distance = (mean.exp() - logs.exp()).square().mean(2, keepdim=True) * certainty
+    probability, mean, divergence = disagreement(maps)
+    certainty, each = (-divergence).exp(), tuple(range(1, divergence.ndim))
+    distance = (mean - probability).square().mean(2) * certainty
     return distance.mean(each) / (certainty.mean(each) + 1e-8) + divergence.mean(each)
