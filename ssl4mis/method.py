@@ -146,8 +146,8 @@ class Method(nn.Module):
         return self.hp.weight * sigmoid_ramp(step, self.hp.ramp * clock.total)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Image (B, C, *space) -> class probabilities (B, K, *space); the trainer has called `eval()`."""
-        raise TypeError(f"{type(self).__name__} does not say how it predicts")
+        """Image (B, C, *space) -> class probabilities (B, K, *space), by `net`; the trainer has called `eval()`."""
+        return self.net(image).logits.softmax(1)
 
 
 class Adversarial(Method):
@@ -178,8 +178,16 @@ class Adversarial(Method):
         """The losses of the critic, after the segmenter's step."""
         raise TypeError(f"{type(self).__name__} does not say what its critic's losses are")
 
+
+class CoTraining(Method):
+    """Two networks, `first` and `second`, that teach each other; `second` is None where one network does for both.
+
+    `hp` has evaluate: what predicts, "first", "second" or the "mean" of their probabilities.
+    """
+
     def predict(self, image):
-        return self.net(image).logits.softmax(1)
+        chosen = {"first": [self.first], "second": [self.second], "mean": [self.first, self.second]}[self.hp.evaluate]
+        return torch.stack([net(image).logits.softmax(1) for net in chosen if net is not None]).mean(0)
 
 
 def at_least_one(hp, *names: str) -> None:

@@ -115,6 +115,3 @@ class CCT(Method):
         share = torch.empty((), device=x.device).uniform_(self.hp.drop_min, self.hp.drop_max)
         highest = activity.amax(tuple(range(1, x.ndim)), keepdim=True)
         return x * (activity < share * highest)
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

@@ -221,6 +221,3 @@ class CorrMatch(Method):
         shapes = correlation.shapes(weak.matrix[-len(box):].detach(), rows, grid, space, hp.shape_mode)
         return correlation.propagate_regions(mixed.label, sure, mixed.valid & ~box, shapes,
                                              tau.clamp(max=hp.tau_reg_max), self.task.classes, hp.region_order)
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

@@ -18,7 +18,7 @@ from typing import Literal
 from networks.blocks import kaiming, xavier
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.method import Method, at_least_one, within
+from ssl4mis.method import CoTraining, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config:
         within(self, 0, float("inf"), "weight", "ramp")
 
 
-class CPS(Method):
+class CPS(CoTraining):
     Config = Config
 
     def __init__(self, build, task, hp):
@@ -64,9 +64,3 @@ class CPS(Method):
         cross = {"cross/first": weight * cross_entropy(first, second.argmax(1)),
                  "cross/second": weight * cross_entropy(second, first.argmax(1))}
         return Losses(supervised | cross, watch={"weight": weight})
-
-    def predict(self, image):
-        probability = self.first(image).logits.softmax(1)
-        if self.hp.evaluate == "mean":
-            probability = (probability + self.second(image).logits.softmax(1)) / 2
-        return probability

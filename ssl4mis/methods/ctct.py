@@ -14,14 +14,12 @@ Differs from the code:
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 import networks
 from networks.base import PatchError
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import cross_entropy, dice, segmentation
-from ssl4mis.method import Adam, Method, Phase, Preset, Stage, at_least_one, within
+from ssl4mis.method import Adam, CoTraining, Phase, Preset, Stage, at_least_one, within
 
 TRANSFORMERS = ("swin_unet", "swin_unetr", "unetr")
 PARTNERS = {2: ("swin_unet", "unetr"), 3: ("unetr", "swin_unetr")}  # of a CNN, the preferred one first
@@ -60,7 +58,7 @@ class Config:
             raise UserError(f"hp.partner {self.partner!r}: expected auto or one of {', '.join(networks.NAMES)}")
 
 
-class CTCT(Method):
+class CTCT(CoTraining):
     Config = Config
     presets = {"ACDC": Preset({"optimizer": "sgd"}, {"labeled_batch": 8, "unlabeled_batch": 8}, dims=2)}
 
@@ -113,10 +111,6 @@ class CTCT(Method):
         if self.hp.loss == "dice":
             return dice(logits.softmax(1), label)
         return (cross_entropy if self.hp.loss == "ce" else segmentation)(logits, label)
-
-    def predict(self, image):
-        nets = {"first": [self.first], "second": [self.second], "mean": [self.first, self.second]}[self.hp.evaluate]
-        return torch.stack([net(image).logits.softmax(1) for net in nets]).mean(0)
 
 
 def partner(build, own, task, name):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ssl4mis.attacks import fgsm, vat
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.method import Method, Preset, at_least_one, within
+from ssl4mis.method import CoTraining, Preset, at_least_one, within
 from ssl4mis.schedules import sigmoid_ramp
 
 
@@ -69,7 +69,7 @@ class Config:
         within(self, 0, 1, "adversarial_start")
 
 
-class DCT(Method):
+class DCT(CoTraining):
     Config = Config
     presets = {"ACDC": Preset({"ramp": 5 / 12, "adversarial": 0.05, "adversarial_start": 1 / 6}, dims=2)}
 
@@ -133,12 +133,6 @@ class DCT(Method):
             examples.append(vat(attacked, batch.unlabeled.image, self.hp.epsilon))
             said.append(logits[n:])
         return divergence(torch.cat(said).detach(), other(torch.cat(examples)).logits)
-
-    def predict(self, image):
-        probability = self.first(image).logits.softmax(1)
-        if self.second is not None and self.hp.evaluate == "mean":
-            probability = (probability + self.second(image).logits.softmax(1)) / 2
-        return probability
 
 
 def jensen_shannon(first, second):

@@ -72,6 +72,3 @@ class DTC(Method):
     def soft_mask(self, sdf):
         """1 inside, 0 outside and 0.5 on the boundary of a signed distance."""
         return torch.sigmoid(-self.hp.steepness * sdf)
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

@@ -66,6 +66,3 @@ class EntropyMinimization(Method):
         weight = self.consistency_weight(clock)
         return Losses({"supervised": supervised, "entropy": weight * entropy(probability).mean() / math.log(classes)},
                       watch={"weight": weight, "foreground": 1 - probability[:, 0].detach().mean()})
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

@@ -29,7 +29,7 @@ from networks.blocks import CONV, INSTANCE_NORM, Layers
 from networks.discriminator import sized
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.method import Adam, Method, Phase, Stage, at_least_one, through, within
+from ssl4mis.method import Adam, CoTraining, Phase, Stage, at_least_one, through, within
 
 # The detector's layers: channels in multiples of its width, and whether sides are halved; a last one gives the map.
 LAYERS = ((1, True), (2, True), (2, False), (4, True), (4, False), (8, True), (8, False))
@@ -73,7 +73,7 @@ class Config:
         within(self, 0, float("inf"), "weight", "ramp", "correction", "dilations", "detection", "detector_rate")
 
 
-class GCT(Method):
+class GCT(CoTraining):
     Config = Config
 
     def __init__(self, build, task, hp):
@@ -119,10 +119,6 @@ class GCT(Method):
         flaws = self.detector(torch.cat([labeled.image] * 2), torch.cat(self.before))
         target = torch.cat([true_flaws(p, labeled.label, self.hp.dilations) for p in self.before])
         return Losses({"detection": self.hp.detection * F.mse_loss(flaws, target)}, watch={"flawed": target.mean()})
-
-    def predict(self, image):
-        nets = {"first": [self.first], "second": [self.second], "mean": [self.first, self.second]}[self.hp.evaluate]
-        return torch.stack([net(image).logits.softmax(1) for net in nets]).mean(0)
 
 
 class FlawDetector(nn.Module):

@@ -23,7 +23,7 @@ from networks.blocks import kaiming
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import cross_entropy, dice, softmax_mse
-from ssl4mis.method import Method, Preset, at_least_one, within
+from ssl4mis.method import CoTraining, Preset, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
             raise UserError(f"hp.temperature {self.temperature}: expected more than 0")
 
 
-class MCF(Method):
+class MCF(CoTraining):
     Config = Config
     presets = {"LA": Preset(run={"augmentation": []})}
 
@@ -97,10 +97,6 @@ class MCF(Method):
         truth = F.one_hot(label.long(), probability.shape[1]).movedim(-1, 1)
         rectification = mean_square(probability - truth, differs)
         return cross_entropy(logits, label) + overlap + self.hp.rectification * rectification, overlap, rectification
-
-    def predict(self, image):
-        nets = {"first": [self.first], "second": [self.second], "mean": [self.first, self.second]}[self.hp.evaluate]
-        return torch.stack([net(image).logits.softmax(1) for net in nets]).mean(0)
 
 
 def difference(first, second):

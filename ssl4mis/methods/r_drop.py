@@ -25,7 +25,7 @@ from torch import nn
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
 from ssl4mis.losses import segmentation
-from ssl4mis.method import Method, at_least_one, within
+from ssl4mis.method import CoTraining, at_least_one, within
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config:
             raise UserError(f"hp.dropout {self.dropout}: expected more than 0 and less than 1, so that passes differ")
 
 
-class RDrop(Method):
+class RDrop(CoTraining):
     Config = Config
 
     def __init__(self, build, task, hp):
@@ -97,12 +97,6 @@ class RDrop(Method):
         if self.second is None:
             return self.first(torch.cat([image, image])).logits.chunk(2)
         return self.first(image).logits, self.second(image).logits
-
-    def predict(self, image):
-        probability = self.first(image).logits.softmax(1)
-        if self.second is not None and self.hp.evaluate == "mean":
-            probability = (probability + self.second(image).logits.softmax(1)) / 2
-        return probability
 
 
 def divergence(first, second, axis="classes"):

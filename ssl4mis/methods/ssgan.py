@@ -95,9 +95,6 @@ class SSGAN(Method):
         noise = 2 * torch.rand(len(image), self.hp.noise, device=image.device) - 1
         return low + (high - low) * (1 + self.generator(noise)) / 2
 
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)
-
 
 def realness(out):
     """The logit of real against fake, (B, *space): log of the sum over the real classes of exp logit; fake's is 0."""

@@ -37,6 +37,3 @@ class Supervised(Method):
 
     def forward(self, batch, clock):
         return Losses({"supervised": segmentation(self.net(batch.image).logits, batch.labeled.label, self.hp.dice)})
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

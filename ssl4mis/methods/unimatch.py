@@ -94,6 +94,3 @@ class UniMatch(Method):
         if kind == "dice" or kind == "auto" and self.task.classes > 2:
             return dice(logits.softmax(1), target.label, mask=sure)
         return masked(logits, target.label, sure, target.valid, kind != "ce")
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)

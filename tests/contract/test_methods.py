@@ -643,7 +643,7 @@ def test_the_base_class_says_what_is_missing(setting):
     method = Method(None, setting(MeanTeacher, 2, 2).task, None)
     with pytest.raises(TypeError, match="losses"):
         method(None, Clock(torch.tensor(0), 1))
-    with pytest.raises(TypeError, match="predicts"):
+    with pytest.raises(AttributeError, match="'net'"):  # what predicts where a method says nothing else
         method.predict(None)
 
 

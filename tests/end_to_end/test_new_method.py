@@ -48,9 +48,6 @@ class PseudoLabel(Method):
             weight = self.hp.weight * sigmoid_ramp(clock.step, clock.total)
             terms["pseudo"] = weight * cross_entropy(logits[n:], logits[n:].argmax(1))
         return Losses(terms)
-
-    def predict(self, image):
-        return self.net(image).logits.softmax(1)
 '''
 METHOD = "their_lab.pseudo_label:PseudoLabel"
 RUN = ("benchmarks/run.py", "--method", METHOD, "--dataset", "phantom-2d4c", "--patch", "[32,32]", "--stride",
