@@ -21,6 +21,7 @@ TAIL = 16384  # bytes of what an attempt said last that are looked at
 PASSED_ON = ("SSL4MIS_DATA", "PYTHONPATH", "OMP_NUM_THREADS")  # variables that mean the same on other machines
 MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
 CUDA = "CUDA_VISIBLE_DEVICES"
+PATIENCE = 10  # seconds that a cluster has to answer
 
 
 class Job(NamedTuple):
@@ -142,6 +143,22 @@ class Local:
         self.pool.shutdown()
 
 
+def answers(address: str) -> None:
+    """UserError where an address names a host and port that nobody answers at; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        except (OSError, OverflowError, ValueError) as error:
+            raise no_ray(address, error) from None
+
+
+def no_ray(address: str, error: Exception) -> UserError:
+    """What to say of an address."""
+    reason = " ".join(str(error).split())
+    return UserError(f"address {address}: no Ray there ({reason}), expected local, auto, host:port or ray://host:port")
+
+
 class Ray:
     """Tasks of Ray, one per job, in a cluster or one started here. All machines see the same files at the same paths.
 
@@ -155,6 +172,7 @@ class Ray:
     def __init__(self, address: str, gpus: float | None, cpus: float | None, processes: int | None, retries: int):
         if importlib.util.find_spec("ray") is None:
             raise UserError("engine ray: Ray is not installed, expected what `pip install 'ssl4mis[sweep]'` brings")
+        answers(address)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # a run is no background job
@@ -165,9 +183,7 @@ class Ray:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"address {address}: no Ray there ({reason}), expected local, auto, host:port or ray://host:port"
-                            ) from None
+            raise no_ray(address, error) from None
         found = ray.cluster_resources()
         self.gpus = gpus if gpus is not None else float(found.get("GPU", 0) > 0)
         share = found.get("CPU", 1) * self.gpus / found["GPU"] if self.gpus and found.get("GPU") else 1

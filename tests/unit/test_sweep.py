@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -463,3 +464,16 @@ def test_on_a_terminal_there_is_a_table(tmp_path, monkeypatch):
     assert "5/9 done, 1 running, 2 waiting, 1 failed, about 2 min left but for 1 runs" in text
     row = next(line for line in text.splitlines() if SPEC.id in line)
     assert row.split()[1:] == ["25/100", "5.00", "2", "min"]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_does_not_answer_is_one_line_at_once(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        engines.answers(address)
+    with pytest.raises(UserError, match=f"^address {address}: no Ray there .*refused.*, expected local"):
+        engines.answers(address)
+    with pytest.raises(UserError, match="^address nowhere:ten: no Ray there"):
+        engines.answers("nowhere:ten")
+    for elsewhere in ("local", "auto"):  # names without a port are Ray's to find
+        engines.answers(elsewhere)
