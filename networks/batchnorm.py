@@ -32,9 +32,14 @@ def _compiled():
     return fused
 
 
+def channels_last_on_cpu(x: Tensor) -> bool:
+    """Whether this is the layout that torch's own norms on the CPU do not keep, or are inexact or slow in."""
+    return x.device.type == "cpu" and _is_channels_last(x)
+
+
 def inexact(x: Tensor) -> bool:
     """Whether torch's own norms of this tensor are inexact or slow, so that another way is due."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_channels_last(x)
+    return not torch.compiler.is_compiling() and channels_last_on_cpu(x)
 
 
 def fusible(x: Tensor) -> bool:

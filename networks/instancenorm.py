@@ -2,19 +2,21 @@
 
 torch's instance norm copies a channels_last tensor to the contiguous layout and leaves it there, so that every
 convolution after it copies it back. Its group norm keeps the layout, but is inexact in float32 (1e-4) and slow
-backwards in half precision. Other layouts and devices, and compiled networks, use torch's own instance norm.
+backwards in half precision. Other layouts and devices use torch's own instance norm. So do compiled networks, but they
+keep the layout, too, in which the dropout behind a norm draws its numbers.
 """
+import torch
 from torch import Tensor, nn
 
-from networks.batchnorm import Normalize, fusible, inexact, relaid, slope
+from networks.batchnorm import Normalize, channels_last_on_cpu, fusible, relaid, slope
 
 
 class _ExactInstanceNorm:
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         """The norm, and where an activation (a ReLU, leaky or not) is given what it makes of that."""
-        if self.track_running_stats or not inexact(x):
+        if self.track_running_stats or not channels_last_on_cpu(x):
             out = super().forward(x)
-        elif not fusible(x):
+        elif torch.compiler.is_compiling() or not fusible(x):
             out = relaid(super().forward, x)
         else:
             return Normalize.apply(x, self.weight, self.bias, self.eps, slope(activation), len(x))[0]

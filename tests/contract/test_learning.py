@@ -34,7 +34,7 @@ class Ellipses:
 
 @pytest.mark.slow
 def test_it_learns(method_name, setting, tmp_path):
-    s = setting(registry.method_class(method_name), 2, 2)
+    s = setting(registry.method_class(method_name), 2, 2, network="nnunet")  # the fastest of the suite's own here
     spec = s.spec(patch=[PATCH, PATCH], iterations=STEPS, schedule="poly", learning_rate=0.03)
     loader = Loader(Ellipses(), LABELED, UNLABELED, spec.patch, (spec.labeled_batch, spec.unlabeled_batch), 0,
                     spec.augmentation, "cpu", needs=s.cls.needs)

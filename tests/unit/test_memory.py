@@ -196,8 +196,12 @@ def test_a_batch_has_the_shapes_of_a_loader(name):
     assert outline(strip[0]) == outline(strip[1])
 
 
-@pytest.mark.parametrize(("precision", "checkpointed"), [("32-true", False), ("bf16-mixed", True)])
-@pytest.mark.parametrize("name", registry.names())
+WAYS = (("32-true", False), ("bf16-mixed", True))  # of which each method has one, and the other one in `long`
+
+
+@pytest.mark.parametrize(("name", "precision", "checkpointed"), [
+    pytest.param(name, *way, marks=[] if (row + column) % 2 else pytest.mark.long)
+    for row, name in enumerate(registry.names()) for column, way in enumerate(WAYS)])
 def test_a_step_with_content_takes_what_is_planned(name, precision, checkpointed):
     """Storages of a real step, in the last stage, against those of a plan, by kind."""
     s = spec(name, precision=precision)
