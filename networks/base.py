@@ -135,7 +135,7 @@ class Head(nn.Module):
         self.conv = backbone.initialize(conv)
 
     def forward(self, features: Features) -> Tensor:
-        out = self.conv(features.decoder[self.level]).float()
+        out = self.conv(features.decoder[self.level]).to(torch.float32, memory_format=torch.contiguous_format)
         if self.level:
             out = nn.functional.interpolate(out, size=features.decoder[0].shape[2:], mode=self.mode)
         return out

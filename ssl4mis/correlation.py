@@ -16,7 +16,7 @@ from networks.blocks import BATCH_NORM, CHANNEL_DROPOUT, CONV
 from ssl4mis.errors import UserError
 
 POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
-CHUNK = 16  # rows whose shapes are in memory at once
+CHUNK = 8  # rows whose shapes are in memory at once; more do not stay in a processor's cache
 COPIES = 16  # bytes per entry of a correlation: logits, softmax and the gradients of both
 
 
@@ -82,9 +82,12 @@ def enlarge(coarse: Tensor, space) -> Tensor:
             shape = out.shape
             place = torch.arange(space[axis - 2], device=out.device, dtype=torch.float64)
             place = place * ((shape[axis] - 1) / max(space[axis - 2] - 1, 1))
-            weight = 1 - (place[:, None] - torch.arange(shape[axis], device=out.device)).abs()
-            out = weight.clamp(min=0).float() @ out.reshape(*shape[:axis + 1], math.prod(shape[axis + 1:]))
-            out = out.view(*shape[:axis], space[axis - 2], *shape[axis + 1:])
+            weight = (1 - (place[:, None] - torch.arange(shape[axis], device=out.device)).abs()).clamp(min=0).float()
+            if axis == out.ndim - 1:
+                out = out @ weight.T  # one product, where the other way around it is one for each line
+            else:
+                out = weight @ out.reshape(*shape[:axis + 1], math.prod(shape[axis + 1:]))
+                out = out.view(*shape[:axis], space[axis - 2], *shape[axis + 1:])
     return out
 
 
