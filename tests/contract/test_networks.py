@@ -77,13 +77,15 @@ def test_a_new_decoder_has_its_own_weights(kind):
 def test_heads_come_out_at_input_size_in_float32(kind):
     levels = len(make(kind).backbone.decoder_channels)
     net = make(kind, seg=CLASSES, **{f"level{k}": (k + 1, k) for k in range(levels)})
-    x = image(net)
+    net.to(memory_format=channels_last(net.backbone.spatial_dims))
+    x = image(net).to(memory_format=channels_last(net.backbone.spatial_dims))
     with torch.autocast("cpu", torch.bfloat16):
         heads = net(x).heads
     assert heads["seg"].shape == (2, CLASSES, *x.shape[2:])
     for level in range(levels):
         assert heads[f"level{level}"].shape == (2, level + 1, *x.shape[2:])
     assert {h.dtype for h in heads.values()} == {torch.float32}
+    assert all(h.is_contiguous() for h in heads.values()), "losses sum over voxels of one class"
 
 
 def test_a_patch_that_does_not_fit_is_refused_in_one_line(kind):
