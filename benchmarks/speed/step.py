@@ -52,7 +52,7 @@ def main(argv=None) -> int:
     """Exit status: 0 done, 1 a loss of ours differs from the peers', 2 an argument is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of LA (default: that of SSL4MIS_DATA, else phantoms)")
-    parser.add_argument("--rounds", type=int, default=2, help="steps of ours; the peers make one (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of ours; the peers make one (%(default)s)")
     parser.add_argument("--methods", metavar="NAMES", help=f"some of {','.join(registry.names())} "
                         "(those that have a peer here, and corrmatch)")
     parser.add_argument("--quick", action="store_true", help="tiny crops of phantoms, few methods: does it run?")
@@ -201,8 +201,8 @@ PARTS = {SegNet: ("encode", "decode"), Branch: ("decode",), CorrelationHead: ("f
 class Networks:
     """The forward and backward passes that a step of a method makes, in its precision and layout, and nothing else.
 
-    Calls of networks are recorded in a step, with what they saw and whether gradients were wanted, and played again on
-    random images; the loss is the mean of what they give.
+    Calls of networks are recorded in a step, with the images that they saw and whether gradients were wanted, and made
+    again; the loss is the mean of what they give.
     """
 
     def __init__(self, trainer: Trainer):
@@ -222,8 +222,8 @@ class Networks:
 
     def recorder(self, net, part: str, call: Callable) -> Callable:
         def recording(given):
-            shape = given.shape if part == "encode" else (len(given[0]),)
-            self.calls.append((net, part, shape, torch.is_grad_enabled(), net.training))
+            seen = given.detach() if part == "encode" else len(given[0])
+            self.calls.append((net, part, seen, torch.is_grad_enabled(), net.training))
             return call(given)
 
         return recording
@@ -232,13 +232,13 @@ class Networks:
         method, losses, skips = self.trainer.method, [], None
         method.zero_grad()
         with self.trainer.fabric.autocast():
-            for net, part, shape, wanted, training in self.calls:
+            for net, part, seen, wanted, training in self.calls:
                 net.train(training)
                 with contextlib.nullcontext() if wanted else torch.no_grad():
                     if part == "encode":
-                        skips = net.encode(torch.zeros(shape))
+                        skips = net.encode(seen)
                         continue
-                    some = skips if len(skips[0]) == shape[0] else [last(x, shape[0]) for x in skips]
+                    some = skips if len(skips[0]) == seen else [last(x, seen) for x in skips]
                     maps = net.decode(some).heads.values() if part == "decode" else [net(some)]
                     losses += [x.mean() for x in maps if wanted]
         torch.stack(losses).sum().backward()
