@@ -154,7 +154,7 @@ def answers(address: str) -> None:
 
 
 def no_ray(address: str, error: Exception) -> UserError:
-    """What to say of an address."""
+    """The error of an address at which there is no Ray, with the reason."""
     reason = " ".join(str(error).split())
     return UserError(f"address {address}: no Ray there ({reason}), expected local, auto, host:port or ray://host:port")
 
