@@ -143,14 +143,22 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Every method sees 2D and 3D, and 2 and 4 classes; the other half of the combinations is left to `long`.
 
-    Methods that are named by `--method` see all of them.
+    So is every other method of a test marked `half`. Methods that are named by `--method` see all of them.
     """
     for item in items if not config.getoption("--method") else ():
-        chosen = getattr(item, "callspec", None)
-        if chosen and {"method_name", "world"} <= chosen.params.keys():
-            dims, classes = chosen.params["world"]
-            if (zlib.crc32(chosen.params["method_name"].encode()) + dims + classes // 2) % 2:
-                item.add_marker("long")
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        if "method_name" not in chosen:
+            continue
+        turn = zlib.crc32(chosen["method_name"].encode())
+        if "world" in chosen:
+            dims, classes = chosen["world"]
+            turn += dims + classes // 2
+        elif "dims" in chosen:
+            turn += chosen["dims"]
+        elif not item.get_closest_marker("half"):
+            continue
+        if turn % 2:
+            item.add_marker("long")
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ def anew():
     torch._dynamo.reset()
 
 
+@pytest.mark.half
 def test_networks_are_compiled_once_per_stage(method_name, setting):
     """Graphs are made in the first step of a stage only; their losses are those of the eager networks, whose norms are
     other kernels, up to rounding, dropout included. Each method has one of the suite's own networks.

@@ -9,7 +9,7 @@ from ssl4mis.loading import Loader
 from ssl4mis.trainer import Trainer
 
 LABELED, UNLABELED, TEST = ("0", "1", "2", "3"), ("4", "5", "6", "7"), ("8", "9")
-SIDE, PATCH, STEPS = 40, 32, 120
+SIDE, PATCH, STEPS = 40, 32, 70
 
 
 class Ellipses:
@@ -35,7 +35,7 @@ class Ellipses:
 @pytest.mark.slow
 def test_it_learns(method_name, setting, tmp_path):
     s = setting(registry.method_class(method_name), 2, 2, network="nnunet")  # the fastest of the suite's own here
-    spec = s.spec(patch=[PATCH, PATCH], iterations=STEPS, schedule="poly", learning_rate=0.03)
+    spec = s.spec(patch=[PATCH, PATCH], iterations=STEPS, schedule="poly", learning_rate=0.1)
     loader = Loader(Ellipses(), LABELED, UNLABELED, spec.patch, (spec.labeled_batch, spec.unlabeled_batch), 0,
                     spec.augmentation, "cpu", needs=s.cls.needs)
     method = s.method(width=4)
