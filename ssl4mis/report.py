@@ -1,10 +1,8 @@
 """The cross-validation report: one self-contained HTML page and its Markdown per data set, protocol and label count.
 
-A page is a list of sections of blocks, which two writers turn into HTML and Markdown. Numbers come from the leaderboard
-and from `analysis`; here they are only put into words, tables and pictures.
+Numbers come from the leaderboard and from `analysis`; here they are only put into words, tables and pictures.
 """
 
-import base64
 import math
 import re
 from collections import defaultdict
@@ -16,14 +14,13 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ssl4mis import analysis, leaderboard, peeks, plots, records, selection
-from ssl4mis.leaderboard import METRICS, Group, markdown_table, score_text
+from ssl4mis.document import UNKNOWN, Bullets, Charts, Fold, Pictures, Section, Table, Text, to_html, to_markdown
+from ssl4mis.leaderboard import METRICS, Group, score_text
 from ssl4mis.pictures import Scans
 
-TEMPLATE = "report.html.j2"
 SHOWN = ("Dice", "Jaccard", "95HD", "ASD")  # compared and drawn
 SCORES = (*SHOWN, "95HD_mm", "ASD_mm")
 WORST = 5
-UNKNOWN = "unknown"
 UNITS = {"Dice": "%", "Jaccard": "%", "95HD": "voxel", "ASD": "voxel", "95HD_mm": "mm", "ASD_mm": "mm"}
 BOARD = {  # column of the leaderboard: header
     "rank": "rank", "method": "method", "Dice": "Dice [%]", "interval": "95 % interval",
@@ -44,72 +41,6 @@ MEANING = {  # what a column holds, in one sentence
     "ECE": "expected calibration error of the most probable class over all voxels, 15 equal bins, 0 to 1.",
     "NLL": "mean of -log p(true class) over all voxels, in nats.",
 }
-
-
-class Text(NamedTuple):
-    """A paragraph; `kind` is "plain", "note" for small print, "aside" for what is of this machine, which the
-    Markdown lacks, or "flag" for what a reader must not overlook."""
-
-    text: str
-    kind: str = "plain"
-    block = "text"
-
-
-class Bullets(NamedTuple):
-    """A list of sentences."""
-
-    sentences: list[str]
-    block = "bullets"
-
-
-class Table(NamedTuple):
-    """Rows of text cells under a header; `words` names the columns that are never numbers."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    block = "table"
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Whether a column holds numbers, which line up on the right."""
-        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
-        return [any(cells) and all(map(_is_number, cells)) for cells in columns]
-
-
-class Charts(NamedTuple):
-    """Pictures side by side: pairs of a caption and SVG text."""
-
-    charts: list[tuple[str, str]]
-    block = "charts"
-
-
-class Pictures(NamedTuple):
-    """Pairs of a caption and the bytes of a PNG."""
-
-    pictures: list[tuple[str, bytes]]
-    block = "pictures"
-
-    @property
-    def sources(self) -> list[tuple[str, str]]:
-        """Captions and data URIs."""
-        return [(caption, base64.b64encode(png).decode()) for caption, png in self.pictures]
-
-
-class Fold(NamedTuple):
-    """Blocks behind a line that opens them; open in print."""
-
-    summary: str
-    blocks: list
-    block = "fold"
-
-
-class Section(NamedTuple):
-    """A part of the page with a place in its table of contents."""
-
-    anchor: str
-    title: str
-    blocks: list
 
 
 class Field(NamedTuple):
@@ -172,60 +103,6 @@ def render(
         pages[f"{name}.html"] = to_html(title, sections)
         pages[f"{name}.md"] = to_markdown(title, sections)
     return pages
-
-
-def to_html(title: str, sections: list[Section]) -> str:
-    """The page as one HTML file that loads nothing."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)  # fmt: skip
-    numbers = iter(range(10**6))
-    # the only markup that is not escaped: SVG, whose texts matplotlib has escaped
-    environment.filters["inline"] = lambda svg: Markup(plots.numbered(svg, next(numbers)))
-    return environment.get_template(TEMPLATE).render(title=title, sections=sections)
-
-
-def to_markdown(title: str, sections: list[Section]) -> str:
-    """The page as Markdown: words and tables; charts and pictures are in the HTML page only."""
-    parts = [f"# {_plain(title)}\n"]
-    for section in sections:
-        parts.append(f"## {_plain(section.title)}\n")
-        parts += _markdown_blocks(section.blocks)
-    return "\n".join(parts)
-
-
-def _markdown_blocks(blocks):
-    parts = []
-    for block in blocks:
-        match block:
-            case Text(_, "aside"):
-                pass  # what scans and predictions are there is no matter of the records
-            case Text(text, kind):
-                parts.append(("**Flag.** " if kind == "flag" else "") + _plain(text) + "\n")
-            case Bullets(sentences):
-                parts.append("".join(f"- {_plain(item)}\n" for item in sentences))
-            case Table(caption, header, rows):
-                parts.append(f"{_plain(caption)}\n" if caption else "")
-                cells = [[_plain(cell) for cell in row] for row in rows]
-                parts.append(markdown_table(map(_plain, header), cells))
-            case Fold(summary, inner):
-                told = _markdown_blocks(inner)
-                parts += [f"### {_plain(summary)}\n", *told] if told else []  # pictures alone
-    return [part for part in parts if part]
-
-
-def _plain(text):
-    """Text in one line that Markdown takes as it is; pipes are the table's to escape."""
-    text = " ".join(str(text).split())
-    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), ("\\", "&#92;"), ("`", "&#96;"), ("](", "]&#40;")):
-        text = text.replace(mark, entity)
-    return text
-
-
-def _is_number(cell):
-    return not cell or bool(re.fullmatch(r"[-+<\[ ]*\d[-\d.,eE+ /\]]*", cell)) or cell == UNKNOWN
 
 
 def _wanted(fields, wanted):

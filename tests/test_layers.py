@@ -28,8 +28,8 @@ LAYERS = (
 
 # Tables and reports are rebuilt from records, and suites are listed, on machines without torch.
 TORCH_FREE = tuple(f"ssl4mis/{m}.py" for m in
-                   "records peeks selection statistics analysis leaderboard plots pictures report suites docstring "
-                   "literature".split())
+                   "records peeks selection statistics analysis leaderboard plots pictures document report suites "
+                   "docstring literature".split())
 TORCH_FREE += ("benchmarks/leaderboard.py", "benchmarks/report.py", "benchmarks/literature.py")
 
 
