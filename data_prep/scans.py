@@ -5,6 +5,7 @@ the patient's right, y to the front, z to the head. NIfTI says it so, the others
 """
 
 import gzip
+import math
 import os
 import re
 import uuid
@@ -217,15 +218,45 @@ def _read(path: Path, what: str, read: Callable[[], Any]) -> Any:
             from None
 
 
+def _room() -> int:
+    """Bytes that a scan may take: a quarter of the memory of this machine (of 16 GiB where that is not known)."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, OSError, ValueError):
+        return 2**32
+
+
+def _check_size(size: int, path: Path) -> None:
+    """Raises DataError for more bytes than a scan may take: a few packed ones can stand for all of the memory."""
+    if size > _room():
+        raise DataError(f"{path}: more than {_room() / 2**30:.3g} GiB of voxels, expected at most a quarter of this "
+                        "machine's memory")
+
+
+def _unpacked(packed: BytesIO, path: Path) -> BytesIO:
+    """What a gzip file holds, checked to its end."""
+    found = BytesIO()
+    packed.seek(0)
+    with gzip.GzipFile(fileobj=packed) as file:
+        while part := file.read(2**24):
+            found.write(part)
+            _check_size(found.tell(), path)
+    found.seek(0)
+    return found
+
+
 def _read_nifti(path: Path) -> Scan:
     import nibabel as nib
 
     def read() -> Scan:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)  # to the end, checksum included, which nibabel leaves unread
-        kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
-        image = kind.from_file_map({"image": nib.FileHolder(fileobj=BytesIO(data))})
+        _check_size(path.stat().st_size, path)
+        data = BytesIO(path.read_bytes())
+        if data.read(2) == b"\x1f\x8b":
+            data = _unpacked(data, path)  # to the end, checksum included, which nibabel leaves unread
+        start = data.getbuffer()[:4]
+        kind = nib.Nifti2Image if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
+        del start  # while it lasts the buffer cannot be closed
+        image = kind.from_file_map({"image": nib.FileHolder(fileobj=data)})
         voxels = np.asanyarray(image.dataobj)
         affine = np.array(image.affine, np.float64)
         affine[:3] *= MM.get(int(image.header["xyzt_units"]) % 8, 1.0)
@@ -258,7 +289,14 @@ def _read_itk(path: Path, io: str) -> Scan:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(io)  # by name: a picture that was renamed to .nrrd is not taken for a scan
-    image = _read(path, "NRRD" if io.startswith("Nrrd") else "MetaImage", reader.Execute)
+
+    def read() -> sitk.Image:
+        reader.ReadImageInformation()
+        bytes_per_value = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+        _check_size(math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * bytes_per_value, path)
+        return reader.Execute()
+
+    image = _read(path, "NRRD" if io.startswith("Nrrd") else "MetaImage", read)
     size, parts = image.GetSize(), image.GetNumberOfComponentsPerPixel()
     if len(size) not in (3, 4) or (len(size) == 4 and parts > 1):
         raise DataError(f"{path}: {len(size)} axes with {parts} values per voxel, expected 3 axes (a volume)")

@@ -450,6 +450,29 @@ def test_a_truncated_file_is_refused(tmp_path, name, compress, keep):
     line(error, f"{path}: truncated")
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha"])
+def test_a_scan_that_would_fill_the_memory_is_one_line(name, tmp_path, monkeypatch):
+    """Thousands of times smaller in the file where it is packed, and refused before it is all unpacked."""
+    path = tmp_path / name
+    itk(path, np.zeros((200, 100, 100), np.int16), grid(), compress=True)
+    assert read_scan(path, contrast=False).space == (200, 100, 100)
+    monkeypatch.setattr(scans, "_room", lambda: 3_999_999)
+    with pytest.raises(DataError) as error:
+        read_scan(path, contrast=False)
+    line(error, path, "more than 0.00373 GiB of voxels, expected at most a quarter of this machine's memory")
+    monkeypatch.setattr(scans, "_room", lambda: 4_000_000 + 352)  # NIfTI's header
+    assert read_scan(path, contrast=False).space == (200, 100, 100)
+
+
+def test_a_header_that_says_more_than_there_is_takes_no_memory(tmp_path):
+    path = nifti(tmp_path / "a.nii.gz", noise(), grid())
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
+    path.write_bytes(gzip.compress(data))
+    with pytest.raises(DataError, match="truncated, damaged or no NIfTI file"):
+        read_scan(path)
+
+
 def test_a_flipped_bit_in_gzip_is_noticed(tmp_path):
     path = nifti(tmp_path / "a.nii.gz", noise((30, 20, 25)), grid())
     with gzip.open(path, "rb") as file:
