@@ -10,11 +10,14 @@ def optimizers(method: Method, stage: Stage, spec) -> dict[str, torch.optim.Opti
     return {phase.name: _optimizer(phase, method.trainable(phase.name), spec) for phase in stage.phases}
 
 
-def _optimizer(phase: Phase, parameters, spec) -> torch.optim.Optimizer:
+def _optimizer(phase: Phase, parameters: list[torch.nn.Parameter], spec) -> torch.optim.Optimizer:
+    # a GPU takes all parameters at once; on a CPU one after the other stays in the cache, with the same result
+    together = any(parameter.is_cuda for parameter in parameters)
     if phase.adam:
         return torch.optim.Adam(parameters, phase.adam.rate, phase.adam.betas, weight_decay=phase.adam.weight_decay,
-                                foreach=True)
-    return torch.optim.SGD(parameters, spec.learning_rate, spec.momentum, weight_decay=spec.weight_decay, foreach=True)
+                                foreach=together)
+    return torch.optim.SGD(parameters, spec.learning_rate, spec.momentum, weight_decay=spec.weight_decay,
+                           foreach=together)
 
 
 def rate(phase: Phase, stage: Stage, spec, step: int, total: int) -> float:
