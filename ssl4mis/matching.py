@@ -43,6 +43,16 @@ class Target(NamedTuple):
         return Target.of(paste(box, other.probability, self.probability), torch.where(box, other.valid, self.valid))
 
 
+def sureness(sure: Tensor, label: Tensor) -> dict[str, Tensor]:
+    """Shares of the voxels (B, *space), and of those of a foreground label, that are sure: what a run should watch.
+
+    Background alone can be sure for a whole run, which is then of no use.
+    """
+    foreground = label > 0
+    return {"sure": sure.float().mean(),
+            "sure/foreground": (sure & foreground).sum() / foreground.sum().clamp(min=1)}
+
+
 def check_boxes(hp) -> None:
     """For a `Config`'s `__post_init__`: UserError unless `cutmix`, `box_min` and `box_max` are possible shares."""
     within(hp, 0, 1, "cutmix", "box_min", "box_max")

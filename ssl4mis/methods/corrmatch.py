@@ -30,7 +30,7 @@ from networks.blocks import CHANNEL_DROPOUT
 from ssl4mis import correlation
 from ssl4mis.batch import Losses
 from ssl4mis.errors import UserError
-from ssl4mis.matching import IGNORED, Target, boxes, check_boxes, masked, mean, paste, perturbed, steady
+from ssl4mis.matching import IGNORED, Target, boxes, check_boxes, masked, mean, paste, perturbed, steady, sureness
 from ssl4mis.method import Method, Needs, Preset, at_least_one, within
 
 
@@ -159,7 +159,7 @@ class CorrMatch(Method):
             share = 1 - 0.25 * (len(losses) - 1) if name == "hard" else 0.25
             terms[name] = 0.5 * active.double() * share * loss
         sure = mixed.sure(tau.clamp(max=hp.tau_max))
-        return Losses(terms, watch={"tau": tau, "sure": sure.float().mean(), "propagated": mask.float().mean()})
+        return Losses(terms, watch={"tau": tau, "propagated": mask.float().mean()} | sureness(sure, mixed.label))
 
     def supervised(self, view, label):
         """The terms of the labeled half, which comes first in the view."""

@@ -25,7 +25,7 @@ import torch
 
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, segmentation
-from ssl4mis.matching import boxes, check_boxes, masked, paste, steady, targets
+from ssl4mis.matching import boxes, check_boxes, masked, paste, steady, sureness, targets
 from ssl4mis.method import Method, Needs, Preset, Teacher, at_least_one, within
 
 
@@ -108,7 +108,7 @@ class FixMatch(Method):
         if hp.complementary:
             likely = torch.cat([weak[:n].detach().softmax(1), target.probability])
             terms["complementary"] = weight * hp.complementary * complementary(strong, likely)
-        return Losses(terms, watch={"sure": sure.float().mean()} | ({"weight": weight} if hp.ramp else {}))
+        return Losses(terms, watch=sureness(sure, target.label) | ({"weight": weight} if hp.ramp else {}))
 
     def guess(self, image):
         """Probabilities of what teaches, without gradient."""

@@ -24,7 +24,7 @@ import torch
 from networks.blocks import CHANNEL_DROPOUT
 from ssl4mis.batch import Losses
 from ssl4mis.losses import cross_entropy, dice, segmentation
-from ssl4mis.matching import boxes, check_boxes, masked, paste, perturbed, steady, targets
+from ssl4mis.matching import boxes, check_boxes, masked, paste, perturbed, steady, sureness, targets
 from ssl4mis.method import Method, Needs, Preset, within
 
 
@@ -86,7 +86,7 @@ class UniMatch(Method):
                  "strong/first": 0.125 * self.loss(strong[0], mine.mixed(first, theirs)),
                  "strong/second": 0.125 * self.loss(strong[1], mine.mixed(second, theirs)),
                  "feature": 0.25 * self.loss(feature, mine)}
-        return Losses(terms, watch={"sure": mine.sure(hp.tau).float().mean()})
+        return Losses(terms, watch=sureness(mine.sure(hp.tau), mine.label))
 
     def loss(self, logits, target):
         """What the voxels say that a target is sure of."""

@@ -101,6 +101,14 @@ def test_threshold(tau, share, box):
     assert terms["pseudo"].item() == pytest.approx(0.5 * share * math.log(2)) and watch["sure"] == share
 
 
+@pytest.mark.parametrize(("weak", "share", "foreground"), [(WEAK, 0.5, 0.5), ([[9.0, 9.0], [1 / 99, 1 / 99]], 0.5, 0),
+                                                           ([[99.0, 1 / 9], [1 / 9, 1 / 9]], 0.25, 1),
+                                                           ([[1 / 99, 1 / 9], [1 / 9, 1 / 9]], 0.25, 0)])
+def test_how_much_of_the_foreground_is_sure_is_watched(weak, share, foreground, box):
+    watch = made()(batch(weak), LAST).watch
+    assert (watch["sure"], watch["sure/foreground"]) == (share, foreground)
+
+
 def test_nothing_sure_costs_nothing(box):
     terms = made(tau=1.01)(batch(), LAST).terms
     assert terms["pseudo"] == 0
