@@ -18,7 +18,7 @@ demo: $(STAMP) ## train two methods on synthetic scans, print the leaderboard, w
 	$(PY) benchmarks/report.py --results $(DEMO)
 
 test: $(STAMP) ## run the tests, a worker per core (PYTEST_ARGS are passed on)
-	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-long: $(STAMP) ## run the tests that take minutes: crashes at many moments, long runs, Ray (pip install -e '.[sweep]')
 	$(PY) -m pytest -m long $(PYTEST_ARGS)

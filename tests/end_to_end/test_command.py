@@ -2,20 +2,16 @@
 
 import csv
 import dataclasses
-import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT, command
 
 import data_prep
 import networks
 from ssl4mis import records, registry
 from ssl4mis.config import RunOptions, RunSpec
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--width", "2", "--iterations", "6", "--labeled", "2", "--log_every", "2", "--save_every", "3")
 PHANTOM = ("--dataset", "phantom", "--patch", "[32,32,16]", "--stride", "[32,32,16]", *TINY)
 LA = ("--dataset", "LA", "--patch", "[16,16,16]", "--stride", "[16,16,16]", *TINY)
@@ -32,16 +28,8 @@ print("IMPORTED", code, sorted(set(names) & set(sys.modules)))
 """
 
 
-def command(*words, cwd=ROOT):
-    """A finished process, with its output as text."""
-    env = {name: value for name, value in os.environ.items() if name != "SSL4MIS_DATA"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=300)
-
-
-def train(method, out, *options, expected=0):
-    done = command("benchmarks/run.py", "--method", method, "--out", out, *options)
+def train(method, out, *options, expected=0, fresh=False):
+    done = command("benchmarks/run.py", "--method", method, "--out", out, *options, fresh=fresh)
     assert done.returncode == expected, done.stderr
     return done
 
@@ -50,7 +38,7 @@ def train(method, out, *options, expected=0):
 def trained(tmp_path_factory):
     """A results folder with a supervised and a UA-MT run, and what the two commands printed."""
     out = tmp_path_factory.mktemp("trained") / "results"
-    return out, [train("supervised", out, *PHANTOM), train("ua_mt", out, *PHANTOM)]
+    return out, [train("supervised", out, *PHANTOM, fresh=True), train("ua_mt", out, *PHANTOM)]
 
 
 def test_the_record_of_a_run(trained):

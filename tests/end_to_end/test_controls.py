@@ -1,28 +1,20 @@
 """Negative controls and parts of the unlabeled data, from the command to the record."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from commands import ROOT, command
 
 import data_prep
 from ssl4mis import config, records
 from ssl4mis.loading import Loader
 from ssl4mis.run import run
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--method", "mean_teacher", "--dataset", "phantom", "--labeled", "2", "--width", "2", "--patch", "[32,32,16]",
         "--stride", "[32,32,16]", "--iterations", "2", "--device", "cpu")  # fmt: skip
 SPLIT = data_prep.load_split("phantom-demo", 0)
 
 
 def train(out, *options):
-    env = {name: value for name, value in os.environ.items() if name != "SSL4MIS_DATA"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, ROOT / "benchmarks" / "run.py", *TINY, *options, "--out", out], cwd=out,
-                          env=env, capture_output=True, text=True, timeout=300)
+    return command(ROOT / "benchmarks" / "run.py", *TINY, *options, "--out", out, cwd=out)
 
 
 @pytest.mark.parametrize(("control", "unlabeled", "said"), [

@@ -1,17 +1,11 @@
 """`run.py --describe`, as a user types it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from commands import ROOT, command
 
 
 def describe(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks" / "run.py"), *words], cwd=cwd, capture_output=True,
-                          text=True, timeout=300)
+    return command(ROOT / "benchmarks" / "run.py", *words, cwd=cwd)
 
 
 def test_a_card_is_the_section_of_the_document():

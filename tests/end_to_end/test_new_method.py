@@ -1,16 +1,13 @@
 """A method of 30 lines in a folder of its own gets command line, laws, resume and a row; no other file is edited."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
+import commands
 import pytest
 
 from ssl4mis import records
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '''"""Pseudo-labels (Lee, ICML workshop 2013).
 
 The network's own decision on an unlabeled voxel is its target there. It is the simplest of all methods.
@@ -62,13 +59,7 @@ def command(tmp_path_factory):
     (folder / "their_lab").mkdir()
     (folder / "their_lab" / "__init__.py").touch()
     (folder / "their_lab" / "pseudo_label.py").write_text(SOURCE)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(folder)))}
-
-    def run(*words):
-        return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True,
-                              timeout=600)
-
-    return run
+    return partial(commands.command, path=[folder])
 
 
 def test_options_record_and_row(command, tmp_path):

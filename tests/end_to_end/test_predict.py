@@ -1,17 +1,16 @@
 """From the archive to a segmentation on the scanner's own grid: prepare, train three steps, predict, export."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from archives import acdc, brats, isles2022, la, pancreas, promise12
+from commands import ROOT
 
 import data_prep
 from data_prep import prepare
@@ -23,7 +22,6 @@ from ssl4mis import config, evaluator
 from ssl4mis.predict import load, predict
 from ssl4mis.run import run
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--width 2 --iterations 3 --labeled_batch 2 --device cpu --precision 32-true"
 
 
@@ -131,9 +129,7 @@ AFFINE = np.array([[-COS, 0, 2.5 * SIN, -20], [0, -1.2, 0, 30], [SIN, 0, 2.5 * C
 
 
 def command(*words, expected=0):
-    env = {name: value for name, value in os.environ.items() if name != "SSL4MIS_DATA"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = commands.command(*words)
     assert done.returncode == expected, done.stderr
     return done
 

@@ -1,29 +1,19 @@
 """The report from the command: made from records alone, without torch, the same bytes in every process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from commands import command
 from unit.making import make_curve, make_peek, make_record
 
 import data_prep
 from ssl4mis import records
 
-ROOT = Path(__file__).resolve().parents[2]
 SPY = ("import runpy, sys; names = sys.argv[1].split(','); sys.argv = sys.argv[2:]\n"
        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
        "except SystemExit as done: print('IMPORTED', done.code, [n for n in names if n in sys.modules])\n")
-
-
-def command(*words, **env):
-    env = {name: value for name, value in os.environ.items() if name != "SSL4MIS_DATA"} | env
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

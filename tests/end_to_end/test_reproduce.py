@@ -1,27 +1,21 @@
 """Weights that were kept are scored beside the ranking, and a record is run again to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from commands import command
 
 import data_prep
 from ssl4mis import leaderboard, peeks, records
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = ("--method", "ua_mt", "--dataset", "phantom", "--labeled", "2", "--width", "2", "--iterations", "20", "--patch",
        "[32,32,16]", "--stride", "[32,32,16]", "--seed", "3")  # fmt: skip
 
 
 def run(*words, expected=0):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "benchmarks/run.py", *map(str, words)], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=300)
+    done = command("benchmarks/run.py", *words)
     assert done.returncode == expected, done.stdout + done.stderr
     return done
 

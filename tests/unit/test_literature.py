@@ -2,10 +2,9 @@
 
 import csv
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 from ssl4mis import literature, registry
@@ -118,12 +117,10 @@ def test_the_committed_list():
     assert {paper.method for paper in papers} <= {"", *registry.names()}
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, ROOT / "benchmarks" / "literature.py", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
-
-
 def test_the_command(tmp_path):
+    def command(*arguments):
+        return commands.command("benchmarks/literature.py", *arguments)
+
     table, out = write(tmp_path / "list.csv", ROWS), tmp_path / "literature.md"
     where = ["--table", table, "--out", out]
     assert command(*where, "--check").returncode == 1
