@@ -9,7 +9,7 @@ from ssl4mis.loading import Loader
 from ssl4mis.trainer import Trainer
 
 LABELED, UNLABELED, TEST = ("0", "1", "2", "3"), ("4", "5", "6", "7"), ("8", "9")
-SIDE, PATCH, STEPS = 40, 32, 70
+SIDE, PATCH, STEPS = 40, 32, 60
 
 
 class Ellipses:

@@ -54,6 +54,7 @@ SETS = {
     ("ISLES2022", "clean"): (isles2022, {"shape": (22, 26, 18)}, "ISLES2022-cv5", "**/{}/ses-0001/dwi", {
         "--labeled 10 --fold 4": ["stroke lesion"]}),
 }
+LATER = {("ACDC", "clean"), ("BraTS", "clean")}  # their archives and protocols are seen in the others, too
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,8 @@ def grid(image):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "recipe"), SETS)
+@pytest.mark.parametrize(("name", "recipe"), [
+    pytest.param(*which, marks=[pytest.mark.long] if which in LATER else []) for which in SETS])
 def test_from_the_archive_to_the_record_and_back(tmp_path, name, recipe):
     archive, options, cases, scan, runs = SETS[name, recipe]
     raw = archive.build(tmp_path / "raw", listed(cases), **options)

@@ -10,24 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, command
 
 from ssl4mis import checkpoint, records, registry
 
-ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 45
 RUN = ("--method", "ua_mt", "--dataset", "LA", "--labeled", "4", "--width", "2", "--iterations", str(ITERATIONS),
        "--patch", "[16,16,16]", "--stride", "[16,16,16]", "--device", "cpu")  # fmt: skip
 
 
-def start(data, out, save_every=6, log_every=1):
-    words = [*RUN, "--data-root", data, "--out", out, "--save_every", save_every, "--log_every", log_every]
+def words(data, out, save_every=6, log_every=1):
+    return ["benchmarks/run.py", *RUN, "--data-root", str(data), "--out", str(out), "--save_every", str(save_every),
+            "--log_every", str(log_every)]
+
+
+def run(data, out, expected=0, **options) -> str:
+    """Start a run and wait for its end; returns what was said on stderr."""
+    done = command(*words(data, out, **options))
+    assert done.returncode == expected, done.stderr
+    return done.stderr
+
+
+def start(data, out):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "benchmarks/run.py", *map(str, words)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *words(data, out)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
-def finish(process, expected=0) -> str:
-    """Wait for the end; returns what was said on stderr."""
+def finish(process, expected) -> str:
+    """Wait for the end of a process that was sent a signal; returns what was said on stderr."""
     _, said = process.communicate(timeout=300)
     assert process.returncode == expected, said
     return said
@@ -65,7 +76,7 @@ def logged(out) -> list[int]:
 def whole(prepared, tmp_path_factory):
     """The run without any interruption; it logs and saves at other iterations, which must not matter."""
     out = tmp_path_factory.mktemp("whole")
-    finish(start(prepared, out, save_every=20, log_every=4))
+    run(prepared, out, save_every=20, log_every=4)
     return out
 
 
@@ -117,7 +128,7 @@ def test_killed_and_then_a_checkpoint_is_cut(prepared, whole, tmp_path):
     latest = folder(tmp_path) / checkpoint.LATEST
     saved = checkpoint.read(folder(tmp_path) / checkpoint.PREVIOUS)["done"]
     latest.write_bytes(latest.read_bytes()[:latest.stat().st_size // 2])
-    said = finish(start(prepared, tmp_path))
+    said = run(prepared, tmp_path)
     assert f"{latest}: damaged checkpoint" in said and "trying the generation before it" in said
     assert f"resuming at iteration {saved} of 45" in said
     assert_same_run(tmp_path, whole)
@@ -133,17 +144,17 @@ def test_interrupted(prepared, whole, tmp_path):
     assert "Traceback" not in said
     assert not (tmp_path / "records").exists()
 
-    assert f"resuming at iteration {stopped} of {ITERATIONS}" in finish(start(prepared, tmp_path))
+    assert f"resuming at iteration {stopped} of {ITERATIONS}" in run(prepared, tmp_path)
     assert_same_run(tmp_path, whole)
 
 
 def test_only_damaged_checkpoints_are_one_line(prepared, whole, tmp_path):
     """Nothing is thrown away silently: the user decides whether to start over."""
-    run = tmp_path / "runs" / folder(whole).name
-    run.mkdir(parents=True)
+    place = tmp_path / "runs" / folder(whole).name
+    place.mkdir(parents=True)
     for name in (checkpoint.LATEST, checkpoint.PREVIOUS):
-        (run / name).write_bytes(b"SSL4MIS1 but nothing else")
-    said = finish(start(prepared, tmp_path), 2)
+        (place / name).write_bytes(b"SSL4MIS1 but nothing else")
+    said = run(prepared, tmp_path, 2)
     assert "Traceback" not in said and said.splitlines()[-1].startswith("run.py: error: ")
     assert "previous.ckpt: damaged checkpoint" in said.splitlines()[-1]
 
