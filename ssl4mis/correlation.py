@@ -16,7 +16,7 @@ from networks.blocks import BATCH_NORM, CHANNEL_DROPOUT, CONV
 from ssl4mis.errors import UserError
 
 POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
-CHUNK = 8  # rows whose shapes are in memory at once; more do not stay in a processor's cache
+CHUNK = 4  # rows whose shapes are in memory at once; more do not stay in a processor's cache
 COPIES = 16  # bytes per entry of a correlation: logits, softmax and the gradients of both
 
 
@@ -76,18 +76,27 @@ def enlarge(coarse: Tensor, space) -> Tensor:
 
     Matrix products instead of `interpolate`, whose gradient is not deterministic on CUDA and which is slow on a CPU.
     """
+    return combine(coarse, shares(coarse.shape[2:], space, coarse.device))
+
+
+def shares(grid, space, device) -> list[Tensor]:
+    """What the cells of each axis give to its voxels when a map is enlarged, (voxels, cells) float32."""
+    weights = []
+    for cells, side in zip(grid, space, strict=True):
+        place = torch.arange(side, device=device, dtype=torch.float64) * ((cells - 1) / max(side - 1, 1))
+        weights.append((1 - (place[:, None] - torch.arange(cells, device=device)).abs()).clamp(min=0).float())
+    return weights
+
+
+def combine(coarse: Tensor, weights: list[Tensor]) -> Tensor:
+    """(B, C, *grid) -> (B, C, *space) float32, by the `shares` of its axes."""
     out = coarse.float()
     with torch.autocast(out.device.type, enabled=False):
-        for axis in reversed(range(2, out.ndim)):  # the last axis first, while the map is small
-            shape = out.shape
-            place = torch.arange(space[axis - 2], device=out.device, dtype=torch.float64)
-            place = place * ((shape[axis] - 1) / max(space[axis - 2] - 1, 1))
-            weight = (1 - (place[:, None] - torch.arange(shape[axis], device=out.device)).abs()).clamp(min=0).float()
-            if axis == out.ndim - 1:
-                out = out @ weight.T  # one product, where the other way around it is one for each line
-            else:
-                out = weight @ out.reshape(*shape[:axis + 1], math.prod(shape[axis + 1:]))
-                out = out.view(*shape[:axis], space[axis - 2], *shape[axis + 1:])
+        out = out @ weights[-1].T  # one product, where the other way around it is one for each line
+        for axis in reversed(range(2, out.ndim - 1)):  # the last axes first, while the map is small
+            before, after = out.shape[:axis], out.shape[axis + 1:]
+            out = weights[axis - 2] @ out.reshape(*before, out.shape[axis], math.prod(after))
+            out = out.view(*before, out.shape[-2], *after)
     return out
 
 
@@ -142,12 +151,13 @@ def shapes(correlation: Tensor, rows: Tensor, grid, space, mode: str = "soft_ful
     A row is scaled to [0, 1] and cut at 0.5; a constant row is an empty shape. "soft_full" enlarges before the cut, so
     that cells are voxels (CorrMatch's code); "binary_coarse" cuts on the grid (its paper), and cells are the grid's.
     """
+    weights = shares(grid, space, correlation.device)
     for chunk in rows.split(CHUNK, 1):
         maps = correlation.take_along_dim(chunk[:, :, None], 1)
         varies = (maps.amax(2) > maps.amin(2))[:, :, None]
         maps = maps.unflatten(2, grid)
         if mode == "soft_full":
-            maps = enlarge(maps, space)
+            maps = combine(maps, weights)
         values = maps.flatten(2)
         middle = (values.amin(2, keepdim=True) + values.amax(2, keepdim=True)) / 2  # aminmax takes ten times as long
         yield values.gt_(torch.where(varies, middle, torch.inf)).view(maps.shape)
@@ -184,24 +194,41 @@ def propagate_regions(label: Tensor, confident: Tensor, allowed: Tensor, chunks:
     counts = cell_sums(torch.stack([*votes, allowed], 1).float(), cells)  # whole numbers, exact as float32
     voters, total = counts[:, :-1], counts[:, :-1].sum(1, keepdim=True)
     written = torch.full_like(counts[:, 0], -1)
+    # On a CPU shapes are judged together as long as the votes stay. Elsewhere looking would mean waiting, and tensors
+    # of other types may have no values.
+    looks = type(label) is Tensor and label.device.type == "cpu"
     with torch.autocast(label.device.type, enabled=False):
-        for shape in (shape for chunk in chain([first], chunks) for shape in chunk.flatten(2).unbind(1)):
-            shape = shape.float()[:, None]
-            inside = (shape @ counts.transpose(1, 2))[:, 0]
-            (most, winner), agreed = inside[:, :-1].max(1), inside[:, :-1].sum(1)
-            good = (agreed / inside[:, -1] >= tau) & (most / agreed > tau)  # 0/0 is NaN, which is neither
-            # elsewhere looking would mean waiting, and tensors of other types may have no values
-            if type(good) is Tensor and good.device.type == "cpu" and not good.any():
-                continue
-            chosen = shape * good[:, None, None]
-            written.lerp_(winner[:, None].float(), chosen[:, 0])  # where chosen is 1, and as before where it is 0
-            if order == "sequential":
-                voters.lerp_((numbers == winner[:, None])[:, :, None] * total, chosen)
+        for chunk in chain([first], chunks):
+            left = chunk.flatten(2).float()
+            while left.shape[1]:
+                now = left if looks else left[:, :1]
+                inside = counts @ now.transpose(1, 2)
+                (most, winner), agreed = inside[:, :-1].max(1), inside[:, :-1].sum(1)
+                good = (agreed / inside[:, -1] >= tau) & (most / agreed > tau)  # 0/0 is NaN, which is neither
+                moves = _first(good & (most < agreed)) if looks and order == "sequential" else None
+                count = now.shape[1] if moves is None else moves + 1
+                for index in range(count):
+                    if looks and not good[:, index].any():
+                        continue
+                    chosen = left[:, index] * good[:, index, None]
+                    # where chosen is 1, and as before where it is 0
+                    written.lerp_(winner[:, index, None].float(), chosen)
+                if order == "sequential" and (moves is not None or not looks):
+                    own = numbers == winner[:, index, None]
+                    voters.lerp_(own[:, :, None] * total, chosen[:, None])
+                left = left[:, count:]
     written = written.unflatten(1, cells)
     for axis, (side, count) in enumerate(zip(space, cells, strict=True), 1):
-        written = written.repeat_interleave(side // count, axis)
+        if side > count:
+            written = written.repeat_interleave(side // count, axis)
     changed = (written >= 0) & allowed
     return torch.where(changed, written.to(label.dtype), label), confident | changed
+
+
+def _first(good: Tensor) -> int | None:
+    """The first index of (B, R) bool on a CPU that is true for a sample, None if none is."""
+    found = good.any(0).nonzero()
+    return int(found[0]) if len(found) else None
 
 
 @torch.no_grad()

@@ -67,12 +67,13 @@ def fixmatch(net, data, tau, with_dice):
             new[sample][:, box[sample]] = old[sample][:, box[sample]]
         valid[sample][box[sample]] = v.valid[sample][box[sample]]
     confidence, label = target.max(1)
-    strong, sure = net(image).logits, (confidence >= tau) & valid
-    unsupervised = (F.cross_entropy(strong, label, reduction="none") * sure).sum() / valid.sum()
+    # one log-softmax for both terms: gradients near 0 would show the rounding of two
+    strong, sure = net(image).logits.log_softmax(1), (confidence >= tau) & valid
+    unsupervised = (F.nll_loss(strong, label, reduction="none") * sure).sum() / valid.sum()
     supervised = F.cross_entropy(weak[:n], data.labeled.label.long())
     if with_dice:
         supervised = segmentation(weak[:n], data.labeled.label)
-        unsupervised = (unsupervised + dice(strong.softmax(1), label, mask=sure)) / 2
+        unsupervised = (unsupervised + dice(strong.exp(), label, mask=sure)) / 2
     return (supervised + unsupervised) / 2, sure
 
 

@@ -25,19 +25,27 @@ STEP = ("_train_step", "_note_bad")  # of the trainer
 WAITING = {"item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
            "synchronize", "is_nonzero", "equal", "allclose"}
 ONCE = {"trainable"}  # called once per stage
+HOST = {"_first"}  # called with tensors of the host only
 PATCH = 32
 
 
+def within(tree: ast.AST, names: set[str]) -> set[int]:
+    """Ids of all nodes in functions of these names."""
+    return {id(part) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names
+            for part in ast.walk(node)}
+
+
 def waits(tree: ast.AST) -> list[str]:
-    """Calls in a tree that would make the host wait, with their lines."""
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    """Calls in a tree that would make the host wait, with their lines, outside of functions for the host."""
+    host = within(tree, HOST)
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+             and id(node) not in host)
     return [f"{call.lineno}: {call.func.attr}" for call in calls if call.func.attr in WAITING]
 
 
 def loops(tree: ast.AST) -> list[int]:
     """Lines of loops over parameters or buffers, outside of functions that are called once."""
-    once = {id(part) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in ONCE
-            for part in ast.walk(node)}
+    once = within(tree, ONCE)
     each = (node for node in ast.walk(tree) if isinstance(node, ast.For | ast.comprehension) and id(node) not in once)
     return [node.iter.lineno for node in each
             if any(isinstance(part, ast.Attribute) and part.attr in ("parameters", "buffers", "named_parameters")
@@ -68,6 +76,8 @@ def test_no_loop_over_parameters(name):
                                   "x[mask.nonzero()]", "[t.tolist() for t in terms]", "torch.cuda.synchronize()"])
 def test_the_check_sees_what_waits(text):
     assert len(waits(ast.parse(text))) == 1
+    assert len(waits(ast.parse(f"def _first_of(x):\n    {text}"))) == 1
+    assert waits(ast.parse(f"def _first(x):\n    {text}")) == []
 
 
 @pytest.mark.parametrize("text", ["for p in net.parameters():\n    p.mul_(2)", "[p for p in net.buffers()]",
