@@ -22,6 +22,9 @@ PASSED_ON = ("SSL4MIS_DATA", "PYTHONPATH", "OMP_NUM_THREADS")  # variables that 
 MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
 CUDA = "CUDA_VISIBLE_DEVICES"
 PATIENCE = 10  # seconds that a cluster has to answer
+# Ray speaks gRPC, whose two sides begin with HTTP/2's greeting and a frame of settings, of type 4 (RFC 9113, 3.4)
+SETTINGS = 4
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS, 0, 0, 0, 0, 0])
 
 
 class Job(NamedTuple):
@@ -144,13 +147,18 @@ class Local:
 
 
 def answers(address: str) -> None:
-    """UserError where an address names a host and port that nobody answers at; Ray itself would try for minutes."""
+    """UserError where an address names a host and port at which no Ray answers; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-        except (OSError, OverflowError, ValueError) as error:
-            raise no_ray(address, error) from None
+    if not host:
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                connection.sendall(GREETING)
+                if connection.makefile("rb").read(4)[3:] != bytes([SETTINGS]):
+                    raise OSError("something else answers")
+    except (OSError, OverflowError, ValueError) as error:
+        raise no_ray(address, error) from None
 
 
 def no_ray(address: str, error: Exception) -> UserError:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -467,12 +468,34 @@ def test_on_a_terminal_there_is_a_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_cluster_that_does_not_answer_is_one_line_at_once(scheme):
+@pytest.mark.parametrize(("said", "why"), [
+    (bytes([0, 0, 24, 4, 0, 0, 0, 0, 0]), None), (b"HTTP/1.0 400 Bad request", "something else answers"),
+    (b"", "something else answers"), (None, "timed out")])
+def test_a_cluster_that_does_not_answer_as_ray_does_is_one_line_soon(scheme, said, why, monkeypatch):
+    def reply():
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(100)
+            if said is not None:
+                connection.sendall(said)
+            else:
+                given_up.wait()
+
+    monkeypatch.setattr(engines, "PATIENCE", 0.5 if said is None else 10)
+    given_up = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
-        engines.answers(address)
+        other = threading.Thread(target=reply)
+        other.start()
+        with pytest.raises(UserError, match=f"^address {address}: no Ray there .{why}.") if why else nullcontext():
+            engines.answers(address)
+        given_up.set()
+        other.join()
     with pytest.raises(UserError, match=f"^address {address}: no Ray there .*refused.*, expected local"):
         engines.answers(address)
+
+
+def test_addresses_without_a_host_and_port():
     with pytest.raises(UserError, match="^address nowhere:ten: no Ray there"):
         engines.answers("nowhere:ten")
     for elsewhere in ("local", "auto"):  # names without a port are Ray's to find
