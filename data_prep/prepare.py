@@ -548,7 +548,7 @@ def _write(job: Job, made: "Stored") -> str:
 
 def _kept(job: Job, inputs: Sequence[Mapping[str, Any]]) -> "Stored | None":
     """The stored case, if inputs, settings and content are those of the manifest."""
-    from data_prep.store import read_stored
+    from data_prep.store import attribute, read_stored
     from data_prep.volumes import open_h5
 
     before = job.before
@@ -556,7 +556,7 @@ def _kept(job: Job, inputs: Sequence[Mapping[str, Any]]) -> "Stored | None":
         return None
     try:
         with open_h5(job.path) as file:
-            stated = file.attrs.get("sha256")
+            stated = attribute(file, job.path, "sha256")
         return read_stored(job.path) if stated == before["output"]["sha256"] else None
     except DataError:  # gone or damaged: it is made again
         return None

@@ -88,7 +88,7 @@ def write_stored(
 def read_stored(path: Path | str) -> Stored:
     """A case as written, image as float32. Raises DataError for a damaged file and another checksum than the stated."""
     with open_h5(path) as file:
-        stated, text = _attribute(file, path, "sha256"), _attribute(file, path, "geometry")
+        stated, text = attribute(file, path, "sha256"), attribute(file, path, "geometry")
         arrays = {"image": read_array(file, path, "image", (4,))}
         if "label" in file:
             arrays["label"] = read_array(file, path, "label", (3,))
@@ -190,7 +190,7 @@ class CaseStore:
     def spacing(self, case: str) -> tuple[float, ...]:
         """Voxel distance in mm, (x, y, z), after downsampling. Raises DataError."""
         with self._open(case) as file:
-            geometry = _geometry(self.path(case), _attribute(file, self.path(case), "geometry"))
+            geometry = _geometry(self.path(case), attribute(file, self.path(case), "geometry"))
         return tuple(mm * self.protocol.downsample for mm in geometry.stored_spacing)
 
     def check(self, cases: Sequence[str]) -> None:
@@ -223,7 +223,7 @@ class CaseStore:
                 raise DataError(f"{path}: no checksum of a case ({error}), expected cases: id: output: sha256") \
                     from None
             with self._open(case) as file:
-                found = _attribute(file, self.path(case), "sha256")
+                found = attribute(file, self.path(case), "sha256")
             if found != stated:
                 raise DataError(f"{self.path(case)}: content {found:.8}, expected {stated!s:.8} as {MANIFEST} says: "
                                 "prepare the data set again")
@@ -244,7 +244,7 @@ class CaseStore:
         """The h5 file of a case of this recipe."""
         path = self.path(case)
         with open_h5(path) as file:
-            found = _attribute(file, path, "recipe")
+            found = attribute(file, path, "recipe")
             if found != self.recipe.id:
                 raise DataError(f"{path}: recipe {found}, expected {self.recipe.id} as {CARD} says")
             yield file
@@ -382,9 +382,12 @@ def _sha256(arrays: Mapping[str, np.ndarray], geometry: str) -> str:
     return digest.hexdigest()
 
 
-def _attribute(file, path: Path | str, name: str) -> str:
+def attribute(file, path: Path | str, name: str) -> str:
+    """A text that `write_stored` has put into a file. Raises DataError where there is none."""
     value = file.attrs.get(name)
-    if not isinstance(value, str):
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if not isinstance(value, str):  # which h5py writes unless told otherwise
         raise DataError(f"{path}: no readable attribute '{name}', expected a case as data_prep.prepare writes it")
     return value
 

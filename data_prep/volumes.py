@@ -184,7 +184,7 @@ def open_h5(path: Path | str) -> Iterator:
     with file:
         try:
             yield file
-        except (KeyError, OSError, RuntimeError, UnicodeError) as error:  # one flipped bit, and h5py raises any of them
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # one flipped bit: h5py raises any
             raise DataError(f"{path}: damaged ({_reason(error)}), expected a readable h5 file") from None
 
 
@@ -234,13 +234,26 @@ def write_h5(
 
     # put together in memory: on a full disk HDF5 prints tracebacks, and under a compressed file it ends the process
     with h5py.File(path, "w", driver="core", backing_store=False) as file:
-        file.attrs.update(attributes or {})
+        for name, value in (attributes or {}).items():
+            file.attrs[name] = _fixed(value)
         for name, array in arrays.items():
             file.create_dataset(name, data=array, **(options or {}).get(name, {}))
         file.flush()
         content = file.id.get_file_image()
     with whole_file(path, expected) as temporary:
         temporary.write_bytes(content)
+
+
+def _fixed(value: Any) -> Any:
+    """Text, or a list of texts, of a fixed length: of other text HDF5 can hang or crash when a byte is damaged."""
+    import h5py
+
+    texts = [value] if isinstance(value, str) else value
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        return value
+    coded = [text.encode() for text in texts]
+    kind = h5py.string_dtype("utf-8", max(map(len, coded), default=0) or 1)
+    return np.array(coded[0] if isinstance(value, str) else coded, kind)
 
 
 @contextmanager

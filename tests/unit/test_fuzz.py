@@ -285,6 +285,14 @@ def test_h5_cases(place, h5_files, seed):
     volumes._cache_read(path, {}, "image")
 
 
+@pytest.mark.parametrize("kind", [KeyError, OSError, RuntimeError, TypeError, UnicodeDecodeError, ValueError])
+def test_what_h5py_raises_for_one_flipped_bit(place, h5_files, kind):
+    error = kind("utf-8", b"\xff", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
+    path = put(place / "flipped.h5", h5_files[0])
+    with pytest.raises(DataError, match=r"flipped\.h5: damaged \(.*why.*\), expected"), volumes.open_h5(path):
+        raise error
+
+
 @pytest.mark.parametrize("text", [b"sizes: 5 6 " + b"7" * 5000, b"type: " + b"x" * 5000])
 def test_nrrd_headers_at_which_itk_ends_the_process(place, text):
     path = put(place / "c.nrrd", b"NRRD0004\ntype: float\ndimension: 3\n" + text + b"\nencoding: raw\n\n" + bytes(840))

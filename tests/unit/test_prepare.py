@@ -91,7 +91,7 @@ def test_cases_are_what_the_recipe_says(first):
         expected = (turned - turned.mean()) / turned.std()
         np.testing.assert_allclose(file["image"][0], expected, rtol=0, atol=1e-5)
         assert np.array_equal(file["label"][()], label[::-1, ::-1])
-        assert file.attrs["recipe"] == "fake-clean-1"
+        assert file.attrs["recipe"] == b"fake-clean-1"
 
 
 def test_any_number_of_workers_gives_the_same_bytes(first, tmp_path):
@@ -116,12 +116,12 @@ def test_manifest_holds_the_checksums_of_inputs_and_outputs(first):
             for file, content in zip(files, data, strict=True)]
         assert entry["output"]["file"] == f"cases/{case}.h5"
         with h5py.File(folder / entry["output"]["file"]) as file:
-            assert file.attrs["sha256"] == entry["output"]["sha256"]
+            assert file.attrs["sha256"].decode() == entry["output"]["sha256"]
             content = hashlib.sha256()
             for name in ("image", "label"):
                 array = file[name][()]
                 content.update(f"{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
-            content.update(file.attrs["geometry"].encode())
+            content.update(file.attrs["geometry"])
             assert content.hexdigest() == entry["output"]["sha256"]
 
 
@@ -412,7 +412,7 @@ def test_published_files_are_taken_as_they_are(tmp_path, capsys):
     assert (card["source"], card["recipe"]["name"], card["replay"], card["protocols"]) == ("h5", "published", paper, {})
     with h5py.File(folder / "cases" / f"{ids[1]}.h5") as file:
         assert np.array_equal(file["image"][0], (scan(1)[0] / 50).astype(np.float32))
-        assert file.attrs["recipe"] == "LA-published-1"
+        assert file.attrs["recipe"] == b"LA-published-1"
     assert "98 of them are not here" in capsys.readouterr().err
 
 

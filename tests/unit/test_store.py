@@ -124,9 +124,13 @@ def test_attributes_say_where_the_case_comes_from(tmp_path):
     checksum = store.write_stored(tmp_path / "a.h5", content, "LA-paper-1", ["t1", "t2"])
     with h5py.File(tmp_path / "a.h5") as file:
         found = dict(file.attrs)
+        assert not any(isinstance(kind := file.attrs.get_id(name).get_type(), h5py.h5t.TypeStringID)
+                       and kind.is_variable_str() for name in found)
         assert file["image"].chunks is None and file["image"].shape == (2, 4, 3, 2)
-    assert found["recipe"] == "LA-paper-1" and found["sha256"] == checksum and list(found["modalities"]) == ["t1", "t2"]
-    assert found["orientation"] == "RAS" and found["spacing"].tolist() == [2, 1.5, 4]
+    # of a fixed length: of other text HDF5 can hang when a byte is damaged
+    assert found["recipe"] == b"LA-paper-1" and found["sha256"] == checksum.encode()
+    assert list(found["modalities"]) == [b"t1", b"t2"]
+    assert found["orientation"] == b"RAS" and found["spacing"].tolist() == [2, 1.5, 4]
     assert found["crop"].tolist() == [[1, 5], [0, 3], [2, 4]] and found["original_shape"].tolist() == [6, 5, 4]
     # the first axis is flipped: index 0 of the box is voxel 4 of the scanner, at -2 * 4 mm, z begins at 2 * 4 mm
     assert found["origin"].tolist() == [-8, 0, 8]
@@ -223,7 +227,7 @@ def test_a_flipped_bit_is_found(tmp_path, compression):
         line(lambda: store.read_stored(path), path)
         path.write_bytes(content)
     with h5py.File(path, "r+") as file:
-        file.attrs["geometry"] = file.attrs["geometry"].replace("[[1,", "[[0,", 1)
+        file.attrs["geometry"] = file.attrs["geometry"].decode().replace("[[1,", "[[0,", 1)
     line(lambda: store.read_stored(path), path, "sha256")
 
 
