@@ -151,7 +151,7 @@ def protocols(
         stride=tuple(n // 2 for n in patch),
         iterations=6000,
         labeled=tuple(counts) or (max(1, labeled // 2),),
-        augmentation=("rotflip",) if turned else (),
+        augmentation=("dihedral",) if turned else (),  # rotflip has mirrored crops alone
         recipe="clean",
     )
     return {protocol.name: protocol}

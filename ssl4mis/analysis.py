@@ -21,7 +21,8 @@ from ssl4mis.selection import row_scores
 LARGER_IS_BETTER = dict.fromkeys(OVERLAPS, True) | dict.fromkeys(DISTANCES, False)  # and all metrics there are
 LEVEL = 0.05
 SPLITS = 500  # random splits of the test patients in halves, each used in both directions
-SAME_SETTINGS = ("network", "width", "precision", "labeled_batch", "iterations")  # of a method and its baseline
+# of a method and its baseline
+SAME_SETTINGS = ("network", "width", "precision", "labeled_batch", "augmentation", "iterations")
 # what is no setting of the training alone: of the method, and of the data
 OTHERS = ("method", "hp", "unlabeled_batch",
           "dataset", "protocol", "recipe", "labeled", "unlabeled", "control", "fold", "seed")  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NAMES = ("rotflip", "rotflip_or_rotate")
+NAMES = ("rotflip", "dihedral", "rotflip_or_rotate")
 ANGLES = (-20, 20)  # whole degrees of "rotflip_or_rotate", the last one never drawn
 JITTER, BLUR = 0.8, 0.5  # how often a strong view has other intensities, and how often it is blurred
 CONTRAST, BRIGHTNESS, SIGMA = (0.5, 1.5), (-0.5, 0.5), (0.1, 2.0)
@@ -36,9 +36,24 @@ class View(NamedTuple):
 
 
 def rotflip(quarter_turns: int, axis: int) -> tuple[bool, tuple[int, ...]]:
-    """`np.rot90(x, quarter_turns)`, then `np.flip(x, axis)`, as (transpose, flips)."""
+    """`np.rot90(x, quarter_turns)`, then `np.flip(x, axis)`, as (transpose, flips).
+
+    Both together are always a reflection: with "rotflip" no training crop is oriented as the scans are, nor as any turn
+    of them. Half of the orientations of "dihedral" are.
+    """
     flips = {0: set(), 1: {0}, 2: {0, 1}, 3: {1}}[quarter_turns % 4] ^ {axis}
     return quarter_turns % 2 == 1, tuple(sorted(flips))
+
+
+def orientation(rng: np.random.Generator, augmentation) -> tuple[bool, tuple[int, ...]]:
+    """A random (transpose, flips) of the first two axes: the authors' rotation and flip, or any of the square's eight.
+    """
+    if "rotflip" in augmentation:
+        return rotflip(int(rng.integers(4)), int(rng.integers(2)))
+    if "dihedral" in augmentation:
+        transpose, *flips = (rng.integers(2, size=3) == 1).tolist()
+        return transpose, tuple(axis for axis, flip in enumerate(flips) if flip)
+    return False, ()
 
 
 def margins(size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,9 +65,7 @@ def margins(size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
 
 def draw(rng: np.random.Generator, size: tuple[int, ...], patch: tuple[int, ...], augmentation) -> View:
     """A random view of a volume of this size; the last possible start is never drawn, as in the authors' code."""
-    transpose, flips = False, ()
-    if "rotflip" in augmentation:
-        transpose, flips = rotflip(int(rng.integers(4)), int(rng.integers(2)))
+    transpose, flips = orientation(rng, augmentation)
     turned = (size[1], size[0], *size[2:]) if transpose else tuple(size)
     margin = margins(turned, patch)
     spans = [s + 2 * m - p for s, m, p in zip(turned, margin, patch, strict=True)]
@@ -93,9 +106,11 @@ def draw_plane(rng: np.random.Generator, augmentation) -> Plane:
 
     The last quarter stays as it is: so SS-Net, BCP and, until June 2025, SSL4MIS, hence the published numbers.
     """
-    chance = rng.random() if "rotflip_or_rotate" in augmentation else 1.0
-    if chance < 0.5 or "rotflip" in augmentation:
-        return Plane(*rotflip(int(rng.integers(4)), int(rng.integers(2))))
+    if "rotflip_or_rotate" not in augmentation:
+        return Plane(*orientation(rng, augmentation))
+    chance = rng.random()
+    if chance < 0.5:
+        return Plane(*orientation(rng, ("rotflip",)))
     return Plane(angle=int(rng.integers(*ANGLES))) if chance < 0.75 else Plane()
 
 

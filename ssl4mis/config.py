@@ -55,7 +55,8 @@ class RunSpec:
         momentum: of SGD.
         weight_decay: of SGD.
         clip: largest gradient norm; 0 for none.
-        augmentation: of the training patches, written [rotflip], or [] for none.
+        augmentation: of the training patches, written [rotflip], or [] for none; [dihedral] has all eight
+            orientations of the plane, [rotflip] the four mirrored ones alone, as in the published code.
         precision: of training; auto takes bf16 where the processor has it.
         evaluation_precision: of the predictions that are scored; bf16-mixed is faster and moves scores a little.
         storage: how training images are kept in memory.
@@ -352,7 +353,9 @@ def check_values(spec: RunSpec, dims: int, slices: bool = False) -> None:
         if name not in NAMES:
             raise UserError(registry.nearest("augmentation", name, NAMES))
         if name == "rotflip_or_rotate" and not slices:
-            raise UserError(f"augmentation {name}: turns whole slices, expected rotflip or [] for crops")
+            raise UserError(f"augmentation {name}: turns whole slices, expected rotflip, dihedral or [] for crops")
+    if len(spec.augmentation) > 1:
+        raise UserError(f"augmentation {', '.join(spec.augmentation)}: expected one of them, or []")
     for name in ("patch", "stride"):
         if len(getattr(spec, name)) != dims or min(getattr(spec, name)) < 1:
             raise UserError(f"{name} {getattr(spec, name)}: expected {dims} positive numbers")

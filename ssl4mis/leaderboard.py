@@ -22,7 +22,8 @@ METRICS = {  # column: key of the scores, factor, digits; a distance without a u
 }  # fmt: skip
 SPREADS = ("fold", "seed")
 COLUMNS = [
-    *"rank,source,dataset,protocol,split,data,labeled,unlabeled,control,method,network,batch,precision".split(","),
+    *"rank,source,dataset,protocol,split,data,labeled,unlabeled,control,method,network,batch".split(","),
+    *"augmentation,precision".split(","),
     "Dice", "Dice_low", "Dice_high", *(f"Dice_sd_{over}s" for over in SPREADS),
     *(column for name in METRICS if name != "Dice" for column in (name, *(f"{name}_sd_{over}s" for over in SPREADS))),
     *"missed,false_alarms,cases,folds,seeds,runs,complete,selection,hp_hash,iterations".split(","),
@@ -44,10 +45,10 @@ FILTERS = ("dataset", "protocol", "labeled", "method", "network")
 FORMATS = ("table", "csv", "md", "html")
 COMPACT = {  # column: header
     "method": "method", "labeled": "labeled", "unlabeled": "unlabeled", "control": "control", "network": "network",
-    "batch": "batch", "iterations": "iterations", "precision": "precision", "Dice": "Dice ± sd",
-    "Dice_sd_folds": "sd of folds", "interval": "95 % CI", "95HD": "95HD", "ASD": "ASD", "missed": "missed",
-    "cases": "cases", "folds": "folds", "seeds": "seeds", "complete": "complete", "published": "published",
-    "hp_hash": "settings",
+    "batch": "batch", "augmentation": "augmentation", "iterations": "iterations", "precision": "precision",
+    "Dice": "Dice ± sd", "Dice_sd_folds": "sd of folds", "interval": "95 % CI", "95HD": "95HD", "ASD": "ASD",
+    "missed": "missed", "cases": "cases", "folds": "folds", "seeds": "seeds", "complete": "complete",
+    "published": "published", "hp_hash": "settings",
 }  # fmt: skip
 OWN = ("method", "Dice", "interval", "95HD", "ASD", "hp_hash")  # compact columns that are there even if all is the same
 LEFT = ("method", "Dice ± sd", "settings")
@@ -459,6 +460,11 @@ def _ranked(found, reported):
     return table
 
 
+def augmentation_of(run) -> str:
+    """What is done to training crops, none for nothing."""
+    return " + ".join(run["spec"].get("augmentation") or ()) or "none"
+
+
 def precision_of(run) -> str:
     """Precision of training, and of the scored predictions where it is not float32."""
     scored = run["evaluation"].get("precision", "32-true")
@@ -476,7 +482,7 @@ def _measured_row(group, rank, reported):
         "split": group.split, "data": group.data, "labeled": str(spec["labeled"]),
         "unlabeled": unlabeled_of(group), "control": spec.get("control", ""),
         "method": spec["method"], "network": spec["network"], "precision": precision_of(run),
-        "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
+        "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}", "augmentation": augmentation_of(run),
         "Dice_low": score_text("Dice", low), "Dice_high": score_text("Dice", high),
         "missed": str(sum(score["missed"] for score in group.scores)),
         "false_alarms": str(sum(score["false_alarm"] for score in group.scores)),

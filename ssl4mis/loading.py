@@ -61,7 +61,8 @@ class Loader:
         self.patch, self.sizes, self.seed, self.augmentation = tuple(patch), tuple(batch), seed, tuple(augmentation)
         self.device, self.dtype, self.needs, self.slices = torch.device(device), dtype, needs, slices
         if "rotflip_or_rotate" in self.augmentation and not slices:
-            raise UserError("augmentation rotflip_or_rotate: turns whole slices, expected rotflip or none for crops")
+            raise UserError("augmentation rotflip_or_rotate: turns whole slices, expected rotflip, dihedral or none for"
+                            " crops")
         halves = [self._samples(cases, lambda case: as_tensor(store.image(case)).to(dtype))
                   for cases in (labeled, unlabeled if batch[1] else ())]
         self.cases = tuple(map(tuple, halves))

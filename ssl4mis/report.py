@@ -149,8 +149,9 @@ def _identity(group):
         "method": spec["method"], "control": f"control {spec['control']}" if spec.get("control") else "",
         "unlabeled": "" if spec.get("unlabeled") is None else f"{spec['unlabeled']} unlabeled",
         "network": spec["network"], "precision": leaderboard.precision_of(run),
-        "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}", "iterations": f"{spec['iterations']} iterations",
-        "settings": run["hp_hash"],
+        "batch": f"{spec['labeled_batch']}+{spec['unlabeled_batch']}",
+        "augmentation": f"augmentation {leaderboard.augmentation_of(run)}",
+        "iterations": f"{spec['iterations']} iterations", "settings": run["hp_hash"],
     }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def names_of(groups: Iterable[Group], shares: bool = True) -> dict[str, str]:
     for method, entries in by_method.items():
         rows = [identity for _, identity in entries]
         keys = ["control", *["unlabeled"] * shares]
-        for key in ("network", "precision", "batch", "iterations", "settings"):
+        for key in ("network", "precision", "batch", "augmentation", "iterations", "settings"):
             # another key only where rows still look alike
             if _alike(rows, keys) and len({row[key] for row in rows}) > 1:
                 keys.append(key)
@@ -336,8 +337,8 @@ class Page:
             said = _and(f"{self.name(pair.first)} ({_number(100 * pair.mean, signed=True)} points, 95 % interval "
                         f"{_interval(pair.low, pair.high, 100, True)}, p = {_p(pair.p_holm)})".replace("= <", "<")
                         for pair in differ)
-            intro = ("Against supervised training with the same network, precision, labeled batch and iterations, "
-                     "after Holm's correction,")
+            intro = ("Against supervised training with the same network, precision, labeled batch, augmentation and "
+                     "iterations, after Holm's correction,")
             if differ:
                 found.append(f"{intro} the Dice of {said} differs significantly (p < {analysis.LEVEL}).")
             if same:
@@ -389,6 +390,7 @@ class Page:
             "stride of the sliding window [voxels]": all_of(
                 lambda run: sizes(run["evaluation"].get("stride") or run["spec"].get("stride"))),
             "iterations": all_of(lambda run: run["spec"]["iterations"]),
+            "augmentation of training crops": all_of(leaderboard.augmentation_of),
             "precision of training": all_of(lambda run: run["spec"]["precision"]),
             "precision of the scored predictions": all_of(lambda run: run["evaluation"].get("precision", "32-true")),
             "checkpoint": f"selection rule {self.rule}: " + (
@@ -520,7 +522,7 @@ class Page:
         pairs = self.against_supervised
         if pairs:
             yield self._pair_table("Dice against supervised training on the same labels, with the same network, "
-                                   "precision, labeled batch and iterations", pairs, 100, "points")
+                                   "precision, labeled batch, augmentation and iterations", pairs, 100, "points")
             bars = [plots.Bar(self.name(pair.first), 100 * pair.mean, 100 * pair.low, 100 * pair.high)
                     for pair in pairs if pair.n]  # fmt: skip
             if bars:

@@ -295,7 +295,8 @@ def test_the_baseline_is_trained_alike():
     mine = make_record("bcp")
     (group,) = groups_of(mine)
     other = {
-        "network": "unet", "width": 16, "precision": "bf16-mixed", "labeled_batch": 4, "iterations": 6000,
+        "network": "unet", "width": 16, "precision": "bf16-mixed", "labeled_batch": 4, "augmentation": [],
+        "iterations": 6000,
         "dataset": "ACDC", "protocol": "paper", "labeled": 8, "split": "other", "folds": 5, "control": "noise",
     }  # fmt: skip
     wrong = [make_record("supervised", **{key: value}) for key, value in other.items()]

@@ -58,6 +58,16 @@ def test_the_eight_turns_are_four_views_and_never_none():
     assert all(views.count(view) == 2 for view in views)
 
 
+@pytest.mark.parametrize("draw", [lambda rng: augment.draw(rng, (9, 9, 5), (4, 4, 4), ("dihedral",)),
+                                  lambda rng: augment.draw_plane(rng, ("dihedral",))], ids=["crops", "planes"])
+def test_a_square_has_eight_orientations(draw):
+    views = [draw(np.random.default_rng([5, n]))[:2] for n in range(4000)]
+    assert set(views) == {(transpose, flips) for transpose in (False, True) for flips in ((), (0,), (1,), (0, 1))}
+    assert min(map(views.count, set(views))) > 420
+    mirrored = {augment.rotflip(turns, axis) for turns in range(4) for axis in range(2)}
+    assert sum(view not in mirrored for view in views) == pytest.approx(2000, abs=100)
+
+
 def test_labels_without_channels_are_turned_like_images():
     volume = np.arange(6 * 9 * 4).reshape(6, 9, 4)
     rng = np.random.default_rng(3)

@@ -231,6 +231,7 @@ def test_typing_errors_name_the_nearest(capsys, line, expected):
     ("--labeled x%", "expected a whole number or a share"), ("--fold 5", "split LA-cv5: fold 5, expected 0 to 4"),
     ("--protocol paper --fold 1", "fold 1, expected 0 to 0"), ("--recipe ../x", "expected paper or clean"),
     ("--augmentation [rotflip_or_rotate]", "turns whole slices"),
+    ("--augmentation [rotflip,dihedral]", "augmentation rotflip, dihedral: expected one of them, or []"),
     ("--fold first", "fold 'first': expected a whole number"), ("--iterations 0", "iterations 0: expected at least 1"),
     ("--labeled_batch 0", "labeled_batch 0: expected at least 1"), ("--patch [16,16]", "expected 3 positive numbers"),
     ("--stride [0,8,8]", "expected 3 positive numbers"), ("--config absent.yaml", "absent.yaml"), ("word", "word"),

@@ -519,8 +519,8 @@ def test_what_all_rows_share_stands_above_them_once():
     dice = [0.7, 0.8, 0.9]
     rows = [case(f"c{n}", value) for n, value in enumerate(dice)]
     shared, body = compact([make(rows=rows), make(0.6, "cps", rows=rows, spec__precision="bf16-mixed")])
-    assert shared == ["Same in all rows: labeled 16, network vnet, batch 2+2, iterations 3000, missed 0, cases 3, "
-                      "folds 1, seeds 1, complete yes."]  # fmt: skip
+    assert shared == ["Same in all rows: labeled 16, network vnet, batch 2+2, augmentation none, iterations 3000, "
+                      "missed 0, cases 3, folds 1, seeds 1, complete yes."]  # fmt: skip
     low, high = bootstrap(dice)
     assert body == [{"method": method, "precision": precision, "Dice ± sd": "80.00", "95 % CI": f"{low}-{high}",
                      "95HD": "2.00", "ASD": "2.00", "settings": "0123abcd"}

@@ -341,7 +341,7 @@ def test_batches_of_planes_stay_what_they_are(augmentation, sha256):
 
 
 def test_crops_are_not_rotated_by_small_angles():
-    with pytest.raises(UserError, match="^augmentation rotflip_or_rotate: .* expected rotflip or none for crops$"):
+    with pytest.raises(UserError, match="^augmentation rotflip_or_rotate: .* rotflip, dihedral or none for crops$"):
         make(augmentation=("rotflip_or_rotate",))
 
 

@@ -670,12 +670,12 @@ def test_label_counts_leave_most_cases_unlabeled(labeled, counts):
 
 
 @pytest.mark.parametrize("spacing, classes, augmentation", [
-    ((0.8, 0.8, 5), (), ("rotflip",)),
-    ((0.8, 0.8004, 5), (), ("rotflip",)),
+    ((0.8, 0.8, 5), (), ("dihedral",)),
+    ((0.8, 0.8004, 5), (), ("dihedral",)),
     ((4, 0.5, 0.5), (), ()),
     ((1, 1, 1), ("background", "left kidney", "right kidney"), ()),
-    ((1, 1, 1), ("background", "Left_atrium"), ("rotflip",)),
-    ((1, 1, 1), ("background", "bright spot", "left"), ("rotflip",)),
+    ((1, 1, 1), ("background", "Left_atrium"), ("dihedral",)),
+    ((1, 1, 1), ("background", "bright spot", "left"), ("dihedral",)),
 ])
 def test_planes_are_turned_only_where_that_changes_nothing(spacing, classes, augmentation):
     protocol = owndata.protocols([(64, 64, 64)], [spacing], 20, classes)["cv5"]
