@@ -51,7 +51,7 @@ def orientation(rng: np.random.Generator, augmentation) -> tuple[bool, tuple[int
     if "rotflip" in augmentation:
         return rotflip(int(rng.integers(4)), int(rng.integers(2)))
     if "dihedral" in augmentation:
-        transpose, *flips = (rng.integers(2, size=3) == 1).tolist()
+        transpose, *flips = map(bool, rng.integers(2, size=3))
         return transpose, tuple(axis for axis, flip in enumerate(flips) if flip)
     return False, ()
 

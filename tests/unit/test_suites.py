@@ -16,8 +16,8 @@ from ssl4mis.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 SEMI = [name for name in registry.names() if registry.method_class(name).needs.unlabeled]
 RUNS = {  # by hand, of 3 seeds but for the folds: supervised ones, those of each method
-    "lite": 3 * (2 + 1) + 3 * len(SEMI),
-    "paper": 3 * 3 + 3 * 2 * len(SEMI),
+    "lite": 3 * (2 + 1 + 2) + 3 * len(SEMI),
+    "paper": 3 * (3 + 2) + 3 * 2 * len(SEMI),
     "cv5": 4 * 5 * (2 + len(SEMI)),
     "label_efficiency": 3 * (5 + 3 * (5 + 3)),
     "controls": 3 * 2 + 3 * 4 * len(SEMI),
