@@ -251,7 +251,7 @@ def _fixed(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
         return value
-    coded = [text.encode() for text in texts]
+    coded = [text.encode("utf-8", "surrogateescape") for text in texts]  # as h5py does
     kind = h5py.string_dtype("utf-8", max(map(len, coded), default=0) or 1)
     return np.array(coded[0] if isinstance(value, str) else coded, kind)
 
