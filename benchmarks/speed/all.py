@@ -106,7 +106,7 @@ def summary(results: dict[str, Result]) -> str:
     for name, (_, figures) in results.items():
         goals = [(key, "at least", figures[key] >= target, target) for key, target in figures["targets"].items()]
         goals += [(key, "at most", figures[key] <= limit, limit) for key, limit in figures.get("limits", {}).items()]
-        rows += [[name, key.replace("_", " "), f"{figures[key]:g}", f"{word} {target:g}", "yes" if holds else "no",
+        rows += [[name, key.replace("_", " "), f"{figures[key]:.4g}", f"{word} {target:g}", "yes" if holds else "no",
                   "yes" if figures["exact"] else "no"] for key, word, holds, target in goals]
     return markdown_table(["subject", "figure", "measured", "target", "holds", "same results"], rows)
 

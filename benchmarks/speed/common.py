@@ -249,7 +249,7 @@ def close(subject: str, ratio: float, exact: bool, targets: Mapping[str, float],
 
 
 def _rounded(value: Any) -> Any:
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _three(value: float) -> str:

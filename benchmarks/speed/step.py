@@ -52,7 +52,7 @@ def main(argv=None) -> int:
     """Exit status: 0 done, 1 a loss of ours differs from the peers', 2 an argument is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of LA (default: that of SSL4MIS_DATA, else phantoms)")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of ours; the peers make one (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of ours; the peers make one (%(default)s)")
     parser.add_argument("--methods", metavar="NAMES", help=f"some of {','.join(registry.names())} "
                         "(those that have a peer here, and corrmatch)")
     parser.add_argument("--quick", action="store_true", help="tiny crops of phantoms, few methods: does it run?")

@@ -74,8 +74,9 @@ class URPC(Method):
         return {"seg" if level == 0 else f"seg{level}": (classes, level) for level in range(levels)}
 
     def forward(self, batch, clock):
-        maps = torch.stack(list(self.net(batch.image).heads.values()))
-        labeled, unlabeled = maps.split([len(batch.labeled.image), len(batch.unlabeled.image)], 1)
+        halves = [len(batch.labeled.image), len(batch.unlabeled.image)]
+        maps = self.net(batch.image).heads.values()
+        labeled, unlabeled = zip(*(logits.split(halves) for logits in maps), strict=True)
         supervised = torch.stack([segmentation(logits, batch.labeled.label) for logits in labeled]).mean()
         if not len(batch.unlabeled.image):
             return Losses({"supervised": supervised})
@@ -88,16 +89,16 @@ class URPC(Method):
 
 
 def disagreement(maps):
-    """Logits of several scales (S, B, K, *space) -> their probabilities, the mean of these and the divergences.
+    """Logits of several scales, each (B, K, *space) -> their probabilities, the mean of these, and divergences from it.
 
-    Shapes (S, B, K, *space), (B, K, *space) and, in nats from the mean to each scale, (S, B, *space).
+    A divergence is in nats, from the mean to a scale, (B, *space).
     """
-    logs = maps.log_softmax(2)
-    probability = logs.exp()
-    mean = probability.mean(0)
-    # sum_k mean (log mean - log p) in two sums: the first is one for all scales, the second one pass over them.
+    logs = [logits.log_softmax(1) for logits in maps]
+    probabilities = [scale.exp() for scale in logs]
+    mean = sum(probabilities) / len(probabilities)
+    # sum_k mean (log mean - log p) in two sums: the first is one for all scales, the second one pass over each.
     negentropy = (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(1)
-    return probability, mean, negentropy - (mean * logs).sum(2)
+    return probabilities, mean, [negentropy - (mean * scale).sum(1) for scale in logs]
 
 
 def consistency(maps):
@@ -105,7 +106,10 @@ def consistency(maps):
 
     Gradients flow through the mean, the weights and the divergences.
     """
-    probability, mean, divergence = disagreement(maps)
-    certainty, each = (-divergence).exp(), tuple(range(1, divergence.ndim))
-    distance = (mean - probability).square().mean(2) * certainty
-    return distance.mean(each) / (certainty.mean(each) + 1e-8) + divergence.mean(each)
+    probabilities, mean, divergences = disagreement(maps)
+    losses = []
+    for probability, divergence in zip(probabilities, divergences, strict=True):
+        certainty = (-divergence).exp()
+        distance = (mean - probability).square().mean(1) * certainty
+        losses.append(distance.mean() / (certainty.mean() + 1e-8) + divergence.mean())
+    return torch.stack(losses)
