@@ -138,15 +138,16 @@ PAPER = Protocol(
 CV5 = replace(
     PAPER,
     name="cv5",
-    about="The published recipe on five folds with equal shares of both grades, other labeled cases in every fold",
+    about="The published sizes on five folds with equal shares of both grades, other labeled cases in every fold, "
+    "30000 iterations for every method",
     split="BraTS2019-cv5",
+    published=False,
 )
 PARTS = replace(
     CV5,
     name="regions",
     about="Five folds; all four modalities and tumor parts, scored as whole tumor, tumor core and enhancing tumor",
     precision="auto",
-    published=False,
     modalities=(),
     region="",
 )

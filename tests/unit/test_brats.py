@@ -233,7 +233,7 @@ def test_the_published_protocol():
     assert list(SPEC.protocols) == ["paper", "cv5", "regions"]
     for name, split in (("paper", "BraTS2019-paper"), ("cv5", "BraTS2019-cv5")):
         protocol = SPEC.protocols[name]
-        assert protocol.published and protocol.split == split and SPEC.dims(protocol) == 3
+        assert protocol.published == (name == "paper") and protocol.split == split and SPEC.dims(protocol) == 3
         assert (protocol.patch, protocol.stride) == ((96, 96, 96), (64, 64, 64))
         assert (protocol.iterations, protocol.learning_rate, protocol.schedule) == (30000, 0.1, "poly")
         assert (protocol.labeled_batch, protocol.unlabeled_batch, protocol.labeled) == (2, 2, (25, 50))

@@ -105,6 +105,7 @@ def test_the_published_recipe():
         assert (protocol.iterations, protocol.learning_rate, protocol.schedule) == (6000, 0.01, "step")
         assert (protocol.labeled_batch, protocol.unlabeled_batch) == (2, 2)
         assert (protocol.width, protocol.precision, protocol.downsample) == (16, "32-true", 1)
+        assert protocol.published == (name != "cv5"), "one number of iterations for every method"
     assert list(SPEC.protocols) == ["paper", "cv5", "mcf5", "lite"]
     assert all(protocol.labeled == (4, 8, 16) for protocol in SPEC.protocols.values())
 

@@ -82,7 +82,7 @@ def test_a_preset_does_not_repeat_the_protocol(method, dataset):
 
 @pytest.mark.parametrize(("line", "expected"), [
     ("--method bcp --dataset LA", {"iterations": 17000, "labeled_batch": 4, "unlabeled_batch": 4}),
-    ("--method bcp --dataset LA --protocol cv5", {"iterations": 17000, "labeled_batch": 4}),
+    ("--method bcp --dataset LA --protocol cv5", {"iterations": 6000, "labeled_batch": 4}),
     ("--method bcp --dataset LA --protocol lite", {"iterations": 3000, "labeled_batch": 4, "unlabeled_batch": 4}),
     ("--method mcf --dataset la", {"iterations": 6000, "augmentation": []}),
     ("--method mean_teacher --dataset ACDC --protocol slices", {

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 import data_prep
-from ssl4mis import config, records, registry, suites
+from ssl4mis import analysis, config, records, registry, suites
 from ssl4mis.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SEMI = [name for name in registry.names() if registry.method_class(name).needs.unlabeled]
 RUNS = {  # by hand, of 3 seeds but for the folds: supervised ones, those of each method
     "lite": 3 * (2 + 1 + 2) + 3 * len(SEMI),
-    "paper": 3 * (3 + 2) + 3 * 2 * len(SEMI),
-    "cv5": 4 * 5 * (2 + len(SEMI)),
+    "paper": 3 * (3 + 2 * 4) + 3 * 2 * len(SEMI),
+    "cv5": 4 * 5 * (2 + len(SEMI)) + 5 * (1 + 3),
     "label_efficiency": 3 * (5 + 3 * (5 + 3)),
-    "controls": 3 * 2 + 3 * 4 * len(SEMI),
+    "controls": 3 * 3 + 3 * 4 * len(SEMI),
 }
 BLOCK = '[[runs]]\nmethods = ["ua_mt"]\ndatasets = ["phantom"]\n'
 ABOUT = "about = 'what for'\n"
@@ -67,11 +67,13 @@ def test_a_run_of_a_suite_is_the_command_typed_by_hand(name):
     ("paper", "--method corrmatch --dataset LA --labeled 8 --seed 1"),
     ("cv5", "--method ua_mt --dataset LA --fold 3"),
     ("cv5", "--method mt --dataset ACDC --protocol cv5 --fold 0"),
+    ("cv5", "--method supervised --dataset LA --protocol cv5 --fold 4 --augmentation []"),
     ("label_efficiency", "--method urpc --protocol lite --labeled 32"),
     ("label_efficiency", "--method urpc --protocol lite --labeled 16 --unlabeled 25%"),
     ("label_efficiency", "--method urpc --protocol lite --labeled 16 --unlabeled 0"),
     ("controls", "--method mcf --protocol lite --labeled 16 --control other:phantom"),
     ("controls", "--method mcf --protocol lite --labeled 16"),
+    ("controls", "--method supervised --protocol lite --labeled 16 --augmentation []"),
 ])
 def test_runs_that_are_there(name, line):
     assert config.parse(line.split())[0][0].id in {run.spec.id for run in shipped(name).runs}
@@ -82,8 +84,15 @@ def test_every_control_stands_beside_the_run_without():
     for method in SEMI:
         for seed in range(3):
             assert all(found[method, seed, control] == 1 for control in ("", "noise", "copies", "other:phantom"))
-    sizes = {run.spec.labeled_batch for run in shipped("controls").runs}
-    assert sizes == {run.spec.labeled_batch for run in shipped("controls").runs if run.spec.method == "supervised"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_has_its_baseline(name):
+    """Supervised training on the same labels, equal in all that a comparison with it must not differ in."""
+    same = ("dataset", "protocol", "fold", "seed", "labeled", *analysis.SAME_SETTINGS)
+    found = {run.spec.id: str([getattr(run.spec, key) for key in same]) for run in shipped(name).runs}
+    supervised = {found[run.spec.id] for run in shipped(name).runs if run.spec.method == "supervised"}
+    assert {run for run, settings in found.items() if settings not in supervised} == set()
 
 
 def test_shares_of_the_unlabeled_scans():
@@ -93,9 +102,11 @@ def test_shares_of_the_unlabeled_scans():
 
 
 def test_folds_of_every_data_set():
-    found = Counter((run.spec.dataset, run.spec.fold) for run in shipped("cv5").runs)
+    runs = [run.spec for run in shipped("cv5").runs]
+    found = Counter((run.dataset, run.fold) for run in runs if run.method in SEMI)
     assert set(found) == {(name, fold) for name in ("LA", "Pancreas", "ACDC", "BraTS") for fold in range(5)}
-    assert set(found.values()) == {2 + len(SEMI)}
+    assert set(found.values()) == {len(SEMI)}
+    assert len({(run.dataset, run.iterations) for run in runs}) == 4, "as many iterations for every method"
 
 
 def test_committed_records_of_a_suite_are_found():
