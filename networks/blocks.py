@@ -6,6 +6,19 @@ from networks.batchnorm import BatchNorm2d, BatchNorm3d, channel_sums
 from networks.instancenorm import InstanceNorm2d, InstanceNorm3d
 
 
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that before a strided 1x1 kernel picks the pixels it sees, on the CPU.
+
+    There oneDNN writes beyond its memory for the gradient of the weight where few channels come in (its issue 6035).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.kernel_size != (1, 1) or self.stride == (1, 1) or self.padding != (0, 0):
+            return super().forward(x)
+        picked = nn.functional.avg_pool2d(x, 1, self.stride)
+        return nn.functional.conv2d(picked, self.weight, self.bias, groups=self.groups)
+
+
 class Conv3d(nn.Conv3d):
     """`nn.Conv3d` that computes in float32 on the CPU where the kernel is longer than one of the map's first two sides.
 
@@ -68,7 +81,7 @@ class Layers(nn.Sequential):
         return x
 
 
-CONV = {2: nn.Conv2d, 3: Conv3d}
+CONV = {2: Conv2d, 3: Conv3d}
 UP = {2: ConvTranspose2d, 3: ConvTranspose3d}
 UP_FUNCTION = {2: nn.functional.conv_transpose2d, 3: nn.functional.conv_transpose3d}
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)

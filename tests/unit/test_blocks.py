@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.base import channels_last
-from networks.blocks import BATCH_NORM, CONV, INSTANCE_NORM, UP, Conv3d, Layers, kaiming, xavier
+from networks.blocks import BATCH_NORM, CONV, INSTANCE_NORM, UP, Conv2d, Conv3d, Layers, kaiming, xavier
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 5])
@@ -27,6 +28,41 @@ def test_gradients_in_half_precision_are_right_on_short_maps(first, kernel):
 def test_long_maps_stay_in_half_precision():
     with torch.autocast("cpu", torch.bfloat16):
         assert Conv3d(2, 2, 3, padding=1)(torch.randn(1, 2, 3, 4, 4)).dtype == torch.bfloat16
+
+
+class Steps(TorchDispatchMode):
+    """Collects the strides of the convolutions with kernels of one pixel that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        if call is torch.ops.aten.convolution.default and args[1].shape[2:] == (1, 1):
+            self.found.append(tuple(args[3]))
+        return call(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("kernel", "stride", "expected"), [(1, 2, [(1, 1)]), (1, (1, 3), [(1, 1)]), (1, 1, [(1, 1)]),
+                                                            (3, 2, [])])
+def test_no_single_pixels_are_left_out_by_a_convolution(kernel, stride, expected):
+    """oneDNN's gradient of such weights writes beyond its memory, which ends the process later; values are the same."""
+    torch.manual_seed(0)
+    layer, plain = (make(4, 6, kernel, stride, padding=kernel // 2, bias=False, dtype=torch.float64)
+                    for make in (Conv2d, nn.Conv2d))
+    plain.load_state_dict(layer.state_dict())
+    image = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    outs = []
+    for each in (layer, plain):
+        x = image.clone().requires_grad_()
+        with Steps() as steps:
+            out = each(x)
+        out.square().sum().backward()
+        outs.append((out, x.grad, each.weight.grad))
+        if each is layer:
+            assert steps.found == expected
+    for mine, theirs in zip(*outs, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize(("initialize", "expected"), [(kaiming, (2 / 72) ** 0.5), (xavier, (2 / (72 + 144)) ** 0.5)])
