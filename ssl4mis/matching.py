@@ -107,6 +107,6 @@ def mean(values: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
 def masked(logits: Tensor, label: Tensor, mask: Tensor, valid: Tensor, with_dice: bool = False) -> Tensor:
     """Cross-entropy over a mask, divided by the number of valid voxels; or its mean with Dice over the mask."""
     logs = logits.log_softmax(1)
-    own = logs.gather(1, torch.where(mask, label, 0).long()[:, None])[:, 0]  # nll_loss takes longer
-    entropy = mean(-own, mask, valid)
+    own = torch.stack([(label == k) & mask for k in range(logs.shape[1])], 1)
+    entropy = -(logs * own.to(logs.dtype)).sum() / valid.sum().clamp(min=1)  # nll_loss and gather take longer
     return 0.5 * (entropy + dice(logs.exp(), label, mask=mask)) if with_dice else entropy
